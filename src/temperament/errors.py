@@ -1,0 +1,45 @@
+"""The three ways a run can end badly, and the exit code of each (the contract for scripts).
+
+    UserError      2   the request was wrong: a recipe, an argument, a file. One sentence: field, value, mend.
+    WorkFailed     1   the request was right and the work failed: a loss that is not finite, a full disk.
+    Interrupted  130   stopped by the user; what is on disk can be resumed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TemperError(Exception):
+    exit_code = 1
+
+
+class UserError(TemperError):
+    """A wrong request. `UserError("steps[0].train.objective", "dpoo", "use 'objectives.preference.dpo'")` reads
+    "steps[0].train.objective is 'dpoo': use 'objectives.preference.dpo'."
+    """
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, mend: str):
+        self.field, self.value, self.mend = field, value, mend
+        shown = repr(value) if not isinstance(value, str) or len(value) < 120 else repr(value[:117] + "...")
+        super().__init__(f"{field} is {shown}: {mend}.")
+
+
+class WorkFailed(TemperError):
+    exit_code = 1
+
+
+class Interrupted(TemperError):
+    exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that offers the closest known names: "did you mean 'a' or 'b'?", or the list when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:2]
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "known: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
