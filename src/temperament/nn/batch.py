@@ -1,0 +1,126 @@
+"""Typed batches: what a source yields, an objective prepares, and the loop splits.
+
+A batch is a dataclass whose fields are row-aligned: tensors and lists of `len(batch)` rows, or further batches. Because every
+field is aligned, one generic `select` gives splitting into micro-batches, sharding over processes and reordering for all
+kinds; no kind writes its own. A field that is not row-aligned has no place in a batch (put it in the objective).
+
+    Tokens      rows of token ids, with a loss weight for each token
+    Pairs       a preferred and a rejected response to one prompt
+    Labelled    one response with a desirable / undesirable label
+    Rollout     sampled responses with advantages and the log-probs they were sampled with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    def _map(self, on_tensor, on_list) -> Self:
+        new = {}
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if isinstance(v, Batch):
+                v = v._map(on_tensor, on_list)
+            elif isinstance(v, Tensor):
+                v = on_tensor(v)
+            elif isinstance(v, list):
+                v = on_list(v)
+            new[f.name] = v
+        return replace(self, **new)
+
+    def __len__(self) -> int:
+        v = getattr(self, fields(self)[0].name)
+        return len(v)
+
+    def select(self, rows: list[int] | Tensor) -> Self:
+        """The batch of these rows, in this order."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return self._map(lambda t: t[index.to(t.device)], lambda x: [x[i] for i in index.tolist()])
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Micro-batches of at most `size` rows, in order."""
+        for start in range(0, len(self), size):
+            yield self.select(range(start, min(start + size, len(self))))
+
+    def shard(self, rank: int, world: int) -> Self:
+        """Every `world`-th row from `rank` on: the share of one process. May be empty."""
+        return self.select(range(rank, len(self), world))
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda t: t.to(device, non_blocking=True), lambda x: x)
+
+
+@dataclass
+class Tokens(Batch):
+    """ids (rows, T) right-padded; weights (rows, T) float: the loss weight of *predicting* the token at that position (0 on
+    prompts and padding; never on the first token of a document). segments (rows, T): -1 on padding, else the number of
+    the document inside its row (all 0 when rows are not packed). examples (rows, T): id of the example a token came from, -1 on padding;
+    it addresses random draws. extra: per row, whatever the source wants to keep (answers, meta).
+    """
+
+    ids: Tensor
+    weights: Tensor
+    segments: Tensor
+    examples: Tensor
+    extra: list | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(rows, T) bool: true on real tokens."""
+        return self.segments >= 0
+
+    @property
+    def packed(self) -> bool:
+        return bool((self.segments > 0).any())
+
+    @property
+    def positions(self) -> Tensor:
+        """(rows, T) long: the position of each token in its own document; 0 on padding."""
+        t = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        new = torch.ones_like(self.segments, dtype=torch.bool)
+        new[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
+        start = torch.where(new, t, torch.zeros_like(t)).cummax(dim=1).values
+        return torch.where(self.mask, t - start, torch.zeros_like(t))
+
+    @property
+    def trained(self) -> float:
+        """Sum of the loss weights: the count of a token-averaged loss."""
+        return float(self.weights.sum())
+
+    def trim(self) -> Tokens:
+        """Without columns that are padding in every row."""
+        length = max(int(self.mask.any(0).nonzero().max()) + 1, 1) if self.mask.any() else 1
+        cut = lambda t: t[:, :length]
+        return replace(self, ids=cut(self.ids), weights=cut(self.weights), segments=cut(self.segments), examples=cut(self.examples))
+
+
+@dataclass
+class Pairs(Batch):
+    chosen: Tokens
+    rejected: Tokens
+
+
+@dataclass
+class Labelled(Batch):
+    tokens: Tokens
+    label: Tensor  # (rows,) bool: desirable
+
+
+@dataclass
+class Rollout(Batch):
+    """tokens.weights is 1 on sampled tokens (not on prompts, forced or tool tokens). advantages (rows, T) or (rows, 1).
+    behaviour (rows, T): log-prob of each token under the policy that sampled it. rewards (rows,). group (rows,): which prompt.
+    """
+
+    tokens: Tokens
+    advantages: Tensor
+    behaviour: Tensor
+    rewards: Tensor
+    group: Tensor
