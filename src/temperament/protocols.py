@@ -1,0 +1,212 @@
+"""What a part must be able to do to fill a place: the signatures every room is written against.
+
+A protocol names the `rooms` whose parts may fill it and the methods they `must` have; everything else a part may add is
+*optional* and looked up by name, so a method states only what it needs. Nothing here imports torch.
+
+How a train step meets them, in order:
+
+    source.open(ctx) -> stream                    stream.batch(k) -> whole effective batch(es), the same on every process
+    trainable.build(base, ctx) -> Live            what the optimizer sees; holds versions (`live.at("start")`)
+    objective.prepare(whole, views) -> whole      once: reference log-probs, advantages, matching
+    objective.counts(whole) -> {term: count}      known before the first backward
+    objective.loss(micro, views) -> {term: Term}  sums, never means; the loop divides each term once by its own count
+    regularizer.counts / .loss                    the same; `per = "step"` for penalties counted once a step
+    optimizer.build(parameters, ctx) -> stepper   sees parameter records: place, depth, role, partner, base weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from temperament.delta import Delta
+    from temperament.nn.batch import Batch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a train step stands. share: 0 at the first update, 1 at the last."""
+
+    step: int
+    total: int
+    epoch: float = 0.0
+    round: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.step / max(self.total - 1, 1)
+
+
+@dataclass
+class Term:
+    """One named part of a loss: a sum over what it counts, never a mean.
+
+    value: tensor of per-example (or per-token) values, or their sum; the sum is taken here. count: how many of them there
+    are in *this* micro-batch (float weights allowed; 0 adds nothing). weight: its factor in the total.
+    """
+
+    value: Tensor
+    count: float
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.value.dim():
+            self.value = self.value.sum()
+
+
+Terms = dict[str, Term]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model did with one item. score in 0..1 (exact match, a checker's verdict, a judge's mark) or None; nll: mean
+    negative log-likelihood of the expected answer in nats per token; kl: nats per token to the base on this item."""
+
+    item: str
+    skill: str
+    prompt: str
+    expected: str
+    output: str
+    score: float | None = None
+    nll: float | None = None
+    kl: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------------
+
+
+class Schedule(Protocol):
+    """A number that changes while training: `schedule(progress) -> float`, a pure function."""
+
+    rooms: ClassVar = ("schedules",)
+    must: ClassVar = ("__call__",)
+
+    def __call__(self, progress: Progress) -> float: ...
+
+
+class Trainable(Protocol):
+    """What is updated. `build(base, ctx)` returns a `Live` (train/live.py) on the base's modules, already attached.
+
+    Optional: `prepare(live, batches)` a pass over data before training, cached and resumable.
+    """
+
+    rooms: ClassVar = ("select", "adapters")
+    must: ClassVar = ("build",)
+
+    def build(self, base: Any, ctx: Any) -> Any: ...
+
+
+class Objective(Protocol):
+    """What is optimised. `batch`: the kinds of batch it takes ("Tokens", "Pairs", ...). `needs`: versions it reads
+    ("start", "base", "previous", "ema"), provided before the first step.
+
+    Optional: `prepare(whole, views) -> whole`. A *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows,
+    ...) tensor` and `couple(all statistics) -> Terms` instead of `loss`: the loop runs two passes, exact under any split.
+    """
+
+    rooms: ClassVar = ("objectives",)
+    must: ClassVar = ("batch", "counts")
+    scheduled: ClassVar = True
+    batch: ClassVar[tuple[str, ...]]
+
+    def counts(self, whole: Batch) -> dict[str, float]: ...
+    def loss(self, micro: Batch, views: Any) -> Terms: ...
+
+
+class Regularizer(Protocol):
+    """A term that keeps the model near what it knew. `per = "batch"`: counts/loss like an objective, on the same micro-batch.
+    `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1."""
+
+    rooms: ClassVar = ("regularizers",)
+    must: ClassVar = ("loss", "per")
+    scheduled: ClassVar = True
+
+
+class Optimizer(Protocol):
+    """`build(parameters, ctx) -> stepper` with torch's optimizer interface (param_groups, step, state_dict). `lr` is scheduled by
+    the loop: group["lr"] = lr(progress) * group.get("lr_factor", 1)."""
+
+    rooms: ClassVar = ("optim",)
+    must: ClassVar = ("build", "lr")
+    scheduled: ClassVar = True
+
+
+class Source(Protocol):
+    """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
+    batch of all processes. `yields`: kinds of batch. Optional on the stream: `steps_per_epoch`, `feedback(batch, trace)`,
+    `state_dict()`/`load_state_dict()` (only for what is not a function of the step)."""
+
+    rooms: ClassVar = ("data", "rollout")
+    must: ClassVar = ("open", "yields")
+    scheduled: ClassVar = True
+
+
+class Builder(Protocol):
+    """A `build` step: makes a data set, models in the loop. `make(ctx) -> Iterable[item | Rejection]`; provenance is kept."""
+
+    rooms: ClassVar = ("data",)
+    must: ClassVar = ("make",)
+
+
+class Reward(Protocol):
+    """Scores a group of responses to one prompt: `score(prompt, outputs, row) -> list[float | None]`; None: not applicable."""
+
+    rooms: ClassVar = ("rewards",)
+    must: ClassVar = ("score",)
+    scheduled: ClassVar = True
+
+
+class Merge(Protocol):
+    """`merge(base, deltas) -> Delta`, streamed by tensor; a wrapper takes another Merge in a slot."""
+
+    rooms: ClassVar = ("merge",)
+    must: ClassVar = ("merge",)
+
+    def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta: ...
+
+
+class Shape(Protocol):
+    """A way to scale a delta by one strength: `scale(delta, strength, depth) -> Delta`. What the dial sweeps."""
+
+    rooms: ClassVar = ("merge",)
+    must: ClassVar = ("scale",)
+
+
+class Decode(Protocol):
+    """Hooks on the generation loop (engine/tokens.py): `hooks(ctx) -> objects with logits / on_token / stop`."""
+
+    rooms: ClassVar = ("decode",)
+    must: ClassVar = ("hooks",)
+
+
+class Diagnosis(Protocol):
+    """`diagnose(subject) -> dict` of plain numbers and tables; a subject is one model, two, several, or a run."""
+
+    rooms: ClassVar = ("diagnose",)
+    must: ClassVar = ("diagnose",)
+
+
+class Suite(Protocol):
+    """Skills to measure: `skills(ctx) -> list[Skill]`, each with items, a role and `measure(views) -> list[Outcome]`."""
+
+    rooms: ClassVar = ("evaluate",)
+    must: ClassVar = ("skills",)
+
+
+class Study(Protocol):
+    """A protocol over many runs: `plan(ctx) -> recipes`, `read(runs) -> finding`."""
+
+    rooms: ClassVar = ("studies",)
+    must: ClassVar = ("plan", "read")
+
+
+class Aide(Protocol):
+    """A frozen helper by role: `ask(requests) -> answers`, cached by content."""
+
+    rooms: ClassVar = ("aides",)
+    must: ClassVar = ("ask", "role")
