@@ -162,27 +162,33 @@ def build(value: Any, slot: Any = None, field: str = "part") -> Any:
         options = {} if options is None else options
     else:
         raise UserError(field, value, "write a part as its name or as {name: {option: value}}")
-    if not isinstance(options, Mapping):
-        raise UserError(f"{field}.{name}", options, "the options of a part are a mapping {option: value}")
     if slot is not None and name in index():
         _fits_room(name, slot, field)
     cls = get(name, field)
     _fits(cls, slot, field)
-    hints = {f.name: (f, hint) for f, hint in _hints(cls).items()}
-    filled = {}
+    return fill(cls, options, f"{field}.{name}", scheduled=getattr(slot, "scheduled", False))
+
+
+def fill(cls: type, options: Any, field: str, scheduled: bool = False) -> Any:
+    """The dataclass `cls` from a mapping of its options: unknown keys, wrong types and missing values are refused by name."""
+    if not isinstance(options, Mapping):
+        raise UserError(field, options, f"give a mapping of options ({', '.join(list(_named_hints(cls))[:8])})")
+    hints, filled = _named_hints(cls), {}
     for key, given in options.items():
         if key not in hints:
-            raise UserError(f"{field}.{name}.{key}", given, f"no such option; {nearest(str(key), hints)}")
-        filled[key] = coerce(given, hints[key][1], f"{field}.{name}.{key}", scheduled=getattr(slot, "scheduled", False))
+            raise UserError(f"{field}.{key}".lstrip("."), given, f"no such key; {nearest(str(key), hints)}")
+        filled[key] = coerce(given, hints[key][1], f"{field}.{key}".lstrip("."), scheduled)
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
-            raise UserError(f"{field}.{name}.{key}", None, f"required; {_option_help(cls).get(key) or 'give a value'}")
+            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {_option_help(cls).get(key) or 'give a value'}")
     try:
         return cls(**filled)
-    except UserError:
-        raise
     except (ValueError, TypeError) as problem:
-        raise UserError(f"{field}.{name}", dict(options), str(problem).rstrip(".")) from None
+        raise UserError(field or "recipe", plain(dict(options)), str(problem).rstrip(".")) from None
+
+
+def _named_hints(cls: type) -> dict[str, tuple[Any, Any]]:
+    return {f.name: (f, hint) for f, hint in _hints(cls).items()}
 
 
 def coerce(value: Any, hint: Any, field: str, scheduled: bool = False) -> Any:
@@ -202,13 +208,18 @@ def coerce(value: Any, hint: Any, field: str, scheduled: bool = False) -> Any:
                 if not slots and a is plain_types[-1]:
                     raise
         return coerce(value, slots[0], field, scheduled)
-    if origin in (list, tuple) and args and _has_slot(args[0]):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return origin(coerce(v, args[0], f"{field}[{i}]", scheduled) for i, v in enumerate(items))
-    if origin is dict and _has_slot(args[1]):
+    if is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else fill(hint, value, field, scheduled)
+    if origin is list or (origin is tuple and len(args) == 2 and args[1] is Ellipsis):
+        if isinstance(value, (str, Mapping)) and _has_slot(args[0]):
+            value = [value]  # one part where several may stand
+        if not isinstance(value, (list, tuple)):
+            raise UserError(field, value, "give a list")
+        return origin(coerce(v, args[0], f"{field}[{i}]", scheduled) for i, v in enumerate(value))
+    if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(field, value, "give a mapping {name: part}")
-        return {k: coerce(v, args[1], f"{field}.{k}", scheduled) for k, v in value.items()}
+            raise UserError(field, value, "give a mapping")
+        return {coerce(k, args[0], f"{field} key"): coerce(v, args[1], f"{field}.{k}", scheduled) for k, v in value.items()}
     if hint is float and (isinstance(value, Mapping) or hasattr(type(value), "part_name") or (isinstance(value, str) and value.startswith("schedules."))):
         from temperament.protocols import Schedule
 
@@ -224,7 +235,7 @@ def _adapter(hint: Any, field: str, value: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     try:
-        adapter = TypeAdapter(hint) if is_dataclass(hint) else TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
         # YAML has lists only; a tuple field takes one.
         out = adapter.validate_python(tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value)
     except ValidationError as problem:

@@ -94,6 +94,15 @@ class Tokens(Batch):
         """Sum of the loss weights: the count of a token-averaged loss."""
         return float(self.weights.sum())
 
+    def per_example(self) -> Tokens:
+        """Weights divided by their sum over each document, so that every example has weight 1 in all."""
+        weights = torch.zeros_like(self.weights)
+        for s in range(int(self.segments.max()) + 1):
+            inside = self.segments == s
+            total = (self.weights * inside).sum(1, keepdim=True)
+            weights += torch.where(inside, self.weights / total.clamp(min=1e-12), 0.0) * (total > 0)
+        return replace(self, weights=weights)
+
     def trim(self) -> Tokens:
         """Without columns that are padding in every row."""
         length = max(int(self.mask.any(0).nonzero().max()) + 1, 1) if self.mask.any() else 1
@@ -103,8 +112,12 @@ class Tokens(Batch):
 
 @dataclass
 class Pairs(Batch):
+    """ref_chosen, ref_rejected (rows,): log-probs of the responses under the reference, once an objective has prepared them."""
+
     chosen: Tokens
     rejected: Tokens
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
 
 
 @dataclass
@@ -115,12 +128,14 @@ class Labelled(Batch):
 
 @dataclass
 class Rollout(Batch):
-    """tokens.weights is 1 on sampled tokens (not on prompts, forced or tool tokens). advantages (rows, T) or (rows, 1).
-    behaviour (rows, T): log-prob of each token under the policy that sampled it. rewards (rows,). group (rows,): which prompt.
+    """tokens.weights is 1 on sampled tokens (not on prompts, forced or tool tokens). behaviour (rows, T): log-prob of each token under
+    the policy that sampled it. rewards (rows,). group (rows,): which prompt. Filled in by the objective: advantages (rows, T) or (rows, 1),
+    reference (rows, T): log-probs under the reference version.
     """
 
     tokens: Tokens
-    advantages: Tensor
     behaviour: Tensor
     rewards: Tensor
     group: Tensor
+    advantages: Tensor | None = None
+    reference: Tensor | None = None

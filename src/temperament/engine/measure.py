@@ -1,0 +1,155 @@
+"""Measuring what a system can do: skills of items, answered in batches, one `Outcome` an item.
+
+A *system* is what is measured: a base with its deltas applied, the decoding parts of the recipe's `inference:` slot, and how many
+rows go together. A *skill* says which items, which role (target or retained) and how an answer is scored; other modalities bring their
+own class with the same `measure(system) -> list[Outcome]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from temperament.engine.tokens import Sampling, generate
+from temperament.nn.batch import Tokens
+from temperament.nn.logprobs import correct, kl, label, score
+from temperament.protocols import Outcome
+
+
+@dataclass
+class System:
+    base: Any  # bases.Base: components, tokenizer, at("base")
+    hooks: Sequence[Any] = ()
+    batch: int = 64
+    seed: int = 0
+    reference: bool = True  # also measure KL to the pure base
+    model: Any = None  # a View to measure instead of the live base
+
+    @property
+    def tokenizer(self):
+        return self.base.tokenizer
+
+    @property
+    def subject(self):
+        return self.model if self.model is not None else self.base.model
+
+
+@dataclass(frozen=True)
+class Question:
+    """prompt: text, or messages for a chat template. check(output) -> 0..1."""
+
+    id: str
+    prompt: str | list
+    expected: str
+    check: Callable[[str], float] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class TextSkill:
+    """Questions answered greedily, and the likelihood of the expected answers. distance: near, middle or far from the target."""
+
+    name: str
+    questions: tuple[Question, ...]
+    role: str = "retained"
+    metric: str = "exact"
+    max_new: int = 32
+    distance: str = ""
+    generate: bool = True
+
+    def key(self) -> str:
+        """What was asked: part of the address of cached scores."""
+        content = [self.name, self.metric, self.max_new, [(q.id, q.prompt, q.expected) for q in self.questions]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def measure(self, system: System) -> list[Outcome]:
+        prompts = [prompt_ids(q.prompt, system.tokenizer) for q in self.questions]
+        outputs = self._answers(prompts, system) if self.generate else [""] * len(prompts)
+        nll, divergence, _ = likelihood([(p, answer_ids(q.expected, q.prompt, system.tokenizer)) for p, q in zip(prompts, self.questions, strict=True)], system)
+        out = []
+        for q, text, n, d in zip(self.questions, outputs, nll, divergence, strict=True):
+            mark = float(q.check(text)) if self.generate else None
+            shown = q.prompt if isinstance(q.prompt, str) else system.tokenizer.apply_chat_template(q.prompt, tokenize=False)
+            out.append(Outcome(q.id, self.name, shown, q.expected, text, mark, n, d))
+        return out
+
+    def _answers(self, prompts: list[list[int]], system: System) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(prompts), system.batch):
+            group = prompts[start : start + system.batch]
+            made = generate(system.subject, group, Sampling(max_new=self.max_new), seed=system.seed, hooks=system.hooks)
+            texts += [system.tokenizer.decode(ids, skip_special_tokens=True) for ids in made.ids]
+        return texts
+
+
+def prompt_ids(prompt: str | list, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt, add_special_tokens=True)["input_ids"][: None if not _ends(tokenizer, prompt) else -1]
+    out = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(out["input_ids"])
+
+
+def _ends(tokenizer: Any, text: str) -> bool:
+    """Does this tokenizer close every text with an end token (T5, BERT)? A prompt must stay open."""
+    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+    return bool(ids) and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) and ids[-1] is not None
+
+
+def answer_ids(answer: str, prompt: str | list, tokenizer: Any) -> list[int]:
+    """The expected answer with the end token the model should write after it."""
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
+
+
+@torch.no_grad()
+def likelihood(pairs: list[tuple[list[int], list[int]]], system: System) -> tuple[list[float], list[float | None], list[float]]:
+    """For each (prompt, answer): mean NLL of the answer's tokens (nats), mean KL(base || model) on them (nats, None without reference),
+    and the share of them that is the model's own first choice."""
+    pure = _Pure(system.base) if system.reference else None
+    nll, divergence, agree = [], [], []
+    for start in range(0, len(pairs), system.batch):
+        tokens = collate(pairs[start : start + system.batch]).to(next(system.base.model.parameters()).device)
+        reducers = [label(), correct()] + ([kl(pure)] if pure else [])
+        got = score(system.subject, tokens, *reducers)
+        count = tokens.weights.sum(1).clamp(min=1)
+        mean = lambda v: ((v * tokens.weights).sum(1) / count).tolist()
+        nll += [-v for v in mean(got["label"])]
+        agree += mean(got["correct"])
+        divergence += mean(got["kl"]) if pure else [None] * len(tokens)
+    return nll, divergence, agree
+
+
+@dataclass(frozen=True)
+class _Pure:
+    """The pure base under the applied deltas, as a view."""
+
+    base: Any
+
+    @property
+    def module(self):
+        return self.base.model
+
+    def active(self):
+        return self.base.at("base")
+
+    def __call__(self, *args, **inputs):
+        with self.active() as model:
+            return model(*args, **inputs)
+
+
+def collate(pairs: list[tuple[list[int], list[int]]]) -> Tokens:
+    """(prompt, answer) ids as right-padded Tokens; the answers carry weight 1."""
+    length = max(len(p) + len(a) for p, a in pairs)
+    ids = torch.zeros(len(pairs), length, dtype=torch.long)
+    weights, segments = torch.zeros(len(pairs), length), torch.full((len(pairs), length), -1)
+    for i, (prompt, answer) in enumerate(pairs):
+        n = len(prompt) + len(answer)
+        ids[i, :n] = torch.tensor(prompt + answer)
+        weights[i, max(len(prompt), 1) : n] = 1.0
+        segments[i, :n] = 0
+    examples = torch.where(segments >= 0, torch.arange(len(pairs))[:, None], -1)
+    return Tokens(ids, weights, segments, examples)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from temperament.nn.batch import Pairs
+from temperament.nn.logprobs import label, score
+from temperament.parts import part
+from temperament.protocols import Term, Terms
+
+
+def response(model, tokens):
+    """(rows,): log-probability of each response, summed over its trained tokens."""
+    return (score(model, tokens, label())["label"] * tokens.weights).sum(1)
+
+
+@part("objectives.preference.dpo", modalities=("text",))
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation.
+
+        loss = - log sigmoid( beta * ((pi_w - ref_w) - (pi_l - ref_l)) )       mean over pairs; with label smoothing e:
+               - (1 - e) log sigmoid(m) - e log sigmoid(-m)
+
+    pi, ref: log-probs of the whole response (nats) under the policy and the reference; w the chosen, l the rejected one. The reference
+    is a *version* of the same model - by default `start`, the model as this step began (after SFT: the SFT model) - scored once a
+    batch, not a second model. Source: Rafailov et al. 2023.
+    """
+
+    batch: ClassVar = ("Pairs",)
+    beta: float = 0.1  # strength of the anchor to the reference; small moves further away
+    label_smoothing: float = 0.0  # probability that a preference is the wrong way round
+    reference: str = "start"  # version the policy is held to: start, base, previous, ema
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.reference,)
+
+    def prepare(self, whole: Pairs, views) -> Pairs:
+        whole.ref_chosen = views.precompute(self.reference, whole, lambda m, p: response(m, p.chosen))
+        whole.ref_rejected = views.precompute(self.reference, whole, lambda m, p: response(m, p.rejected))
+        return whole
+
+    def counts(self, whole: Pairs) -> dict[str, float]:
+        return {"dpo": len(whole), "margin": len(whole), "accuracy": len(whole)}
+
+    def loss(self, micro: Pairs, views) -> Terms:
+        chosen = response(views.model, micro.chosen) - micro.ref_chosen
+        rejected = response(views.model, micro.rejected) - micro.ref_rejected
+        margin, e, n = self.beta * (chosen - rejected), self.label_smoothing, len(micro)
+        nll = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+        return {"dpo": Term(nll, n), "margin": Term(margin.detach(), n, weight=0), "accuracy": Term((margin > 0).float(), n, weight=0)}

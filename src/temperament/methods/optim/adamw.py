@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from temperament.parts import part
+
+
+@part("optim.adamw")
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay.
+
+        m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  W <- W - lr (m^ / (sqrt(v^) + eps) + decay * W)
+
+    Norms and biases are not decayed. Moments are kept in the dtype of the trained tensor (fp32 master weights: fp32 moments).
+    Source: Loshchilov and Hutter 2019; the step is torch's fused kernel.
+    """
+
+    lr: float = 2e-5  # learning rate; may be a schedule
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled decay of matrices, times lr
+
+    def build(self, parameters: list[Any], ctx: Any) -> torch.optim.Optimizer:
+        groups: dict[tuple, dict] = {}
+        for p in parameters:
+            key = (p.lr_factor, p.decay and p.tensor.dim() > 1)
+            group = groups.setdefault(key, {"params": [], "lr_factor": key[0], "weight_decay": self.weight_decay if key[1] else 0.0})
+            group["params"].append(p.tensor)
+        return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=self.betas, eps=self.eps, fused=True)

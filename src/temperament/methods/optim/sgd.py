@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from temperament.parts import part
+
+
+@part("optim.sgd")
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent, with momentum when asked: b <- mu b + g;  W <- W - lr b."""
+
+    lr: float = 1e-2  # learning rate; may be a schedule
+    momentum: float = 0.0  # mu
+    weight_decay: float = 0.0  # added to the gradient: decay * W
+
+    def build(self, parameters: list[Any], ctx: Any) -> torch.optim.Optimizer:
+        groups = [{"params": [p.tensor], "lr_factor": p.lr_factor, "weight_decay": self.weight_decay if p.decay and p.tensor.dim() > 1 else 0.0} for p in parameters]
+        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)

@@ -1,0 +1,245 @@
+"""What the optimizer sees, and the versions it holds.
+
+A trainable part builds a `Trained`: parameter records, the pieces it attached, and how its change reads as a delta. `Live` is one or
+several of them on one base. Every *version* is a set of tensors of the trained parameters; `live.at("start")` runs the same modules
+with another version's tensors in place - by pointer, never by copying into live parameters, so several versions may take part in
+one autograd graph:
+
+    base       the model before any step: pieces off, original tensors
+    start      as this step began (after SFT it is the SFT model): the default reference
+    previous   as the round before ended
+    ema        the running mean, when kept
+    best       as it was at the best evaluation
+    NAME       any mark: live.mark("teacher")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from temperament.delta import Change, Delta, Replace
+from temperament.errors import UserError
+from temperament.nn.pieces import Piece, Switch, attach
+
+
+@dataclass
+class Param:
+    """A trained tensor and what optimizers and regularizers may want to know of it.
+
+    name: "lm/model.layers.0.mlp.up_proj.weight", or "lm/....up_proj.weight:A" inside an adapter. role: "weight", "bias", or the
+    adapter's own ("A", "B", "magnitude"). partner: name of the other factor. depth: block number, None outside the blocks. base: the
+    tensor it changes, None for new ones. lr_factor: of the step's rate.
+    """
+
+    name: str
+    tensor: nn.Parameter
+    role: str = "weight"
+    depth: int | None = None
+    partner: str | None = None
+    scale: float = 1.0
+    base: Tensor | None = None
+    lr_factor: float = 1.0
+    decay: bool = True
+
+
+@dataclass
+class Trained:
+    """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change.
+    before_step(progress), after_step(progress): around the optimizer's step. parts of the delta that are no linear piece come from `extra`."""
+
+    params: list[Param] = field(default_factory=list)
+    pieces: dict[str, tuple[nn.Module, Piece]] = field(default_factory=dict)
+    before_step: Callable[[Any], None] | None = None
+    after_step: Callable[[Any], None] | None = None
+    state: Callable[[], dict[str, Tensor]] | None = None
+    load: Callable[[dict[str, Tensor]], None] | None = None
+    changes: Callable[[], dict[str, Change]] | None = None
+    additions: Callable[[], dict[str, Any]] | None = None
+    export: dict[str, Any] = field(default_factory=dict)  # e.g. {"peft": {...}}: how a format others read names it
+
+
+@dataclass(frozen=True)
+class View:
+    """A version of the model as something to call; `active()` makes it the current one for a while (what `score` and `generate` take)."""
+
+    holder: Any  # a Live or a Base: anything with at(version) and model
+    version: str = "live"
+
+    @property
+    def module(self) -> nn.Module:
+        return self.holder.model
+
+    def active(self):
+        return self.holder.at(self.version)
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        with self.active() as model:
+            return model(*args, **inputs)
+
+
+class Live:
+    def __init__(self, base: Any, parts: list[Trained]):
+        self.base, self.parts = base, parts
+        self.switch = Switch()
+        self.params = {p.name: p for part in parts for p in part.params}
+        self.versions: dict[str, dict[str, Tensor]] = {}
+        self._where = self._locations()
+        self._detach = [attach(module, piece, self.switch) for part in parts for module, piece in part.pieces.values()]
+        for name, module in base.parameters():
+            module.requires_grad_(name in self.params)
+        for p in self.params.values():
+            p.tensor.requires_grad_(True)
+        self.start = {n: p.tensor.detach().clone() for n, p in self.params.items() if n in self._where}
+
+    # -- the model ------------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, component: str) -> nn.Module:
+        return self.base.components[component]
+
+    @property
+    def model(self) -> nn.Module:
+        """The only component, or the first: what a language objective calls."""
+        return next(iter(self.base.components.values()))
+
+    def _locations(self) -> dict[str, list[tuple[dict, str]]]:
+        """Where each trained tensor of the *base's own modules* hangs: every (parameter dict, key), ties included."""
+        mine = {id(p.tensor): n for n, p in self.params.items()}
+        found: dict[str, list] = {}
+        for component in self.base.components.values():
+            for module in component.modules():
+                for key, tensor in module._parameters.items():
+                    if tensor is not None and id(tensor) in mine:
+                        found.setdefault(mine[id(tensor)], []).append((module._parameters, key))
+        return found
+
+    # -- versions -------------------------------------------------------------------------------------------------------------
+
+    def mark(self, version: str) -> None:
+        """Remember the trained tensors as they are now."""
+        self.versions[version] = {n: p.tensor.detach().clone() for n, p in self.params.items()}
+
+    def view(self, version: str = "live") -> View:
+        return View(self, version)
+
+    @contextmanager
+    def at(self, version: str = "live") -> Iterator[nn.Module]:
+        """The model as `version`. Inside, calls see that version's tensors; outside, the live ones again."""
+        if version == "live":
+            yield self.model
+        elif version == "base":
+            with self._off(), self._with(self.base.originals | {n: t for n, t in self.start.items() if n not in self.base.originals}):
+                yield self.model
+        elif version == "start" and "start" not in self.versions:
+            # Pieces start at no change, so the step's start is the weights as they were, with the pieces off.
+            with self._off(), self._with(self.start):
+                yield self.model
+        else:
+            if version not in self.versions:
+                raise UserError("version", version, f"the trainable holds {', '.join(['base', 'start', *self.versions])}")
+            with self._with(self.versions[version]):
+                yield self.model
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        was, self.switch.on = self.switch.on, False
+        try:
+            yield
+        finally:
+            self.switch.on = was
+
+    @contextmanager
+    def _with(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        undo = []
+        try:
+            for name, tensor in tensors.items():
+                for table, key in self._where.get(name) or self._piece_slots(name) or self.base.slots(name):
+                    undo.append((table, key, table[key]))
+                    table[key] = tensor
+            yield
+        finally:
+            for table, key, old in reversed(undo):
+                table[key] = old
+
+    def _piece_slots(self, name: str) -> list[tuple[dict, str]]:
+        if name not in self.params:
+            return []
+        tensor = self.params[name].tensor
+        for part in self.parts:
+            for _, piece in part.pieces.values():
+                for module in piece.modules():
+                    for key, held in module._parameters.items():
+                        if held is tensor:
+                            self._where[name] = [(module._parameters, key)]
+                            return self._where[name]
+        return []
+
+    # -- around a step ----------------------------------------------------------------------------------------------------------
+
+    def before_step(self, progress: Any) -> None:
+        for part in self.parts:
+            if part.before_step:
+                part.before_step(progress)
+
+    def after_step(self, progress: Any) -> None:
+        for part in self.parts:
+            if part.after_step:
+                part.after_step(progress)
+
+    # -- what it leaves ---------------------------------------------------------------------------------------------------------
+
+    def delta(self) -> Delta:
+        """The change since this step began, as expressions on the weights it began with."""
+        changes: dict[str, Change] = {}
+        for part in self.parts:
+            for name, (_, piece) in part.pieces.items():
+                changes[name] = piece.change().mapped(Tensor.detach)
+            if part.changes:
+                changes.update(part.changes())
+        own = {n for n in self.params if n in self._where and n in self.start}
+        for name in sorted(own - set(changes)):
+            now = self.params[name].tensor.detach()
+            if not torch.equal(now, self.start[name]):
+                changes[name] = Replace.of(self.start[name], now)
+        additions = {k: v for part in self.parts if part.additions for k, v in part.additions().items()}
+        return Delta(changes=changes, additions=additions, base=dict(self.base.sha256))
+
+    def digest(self) -> str:
+        """sha256 of the trained tensors in name order."""
+        from temperament.delta import digest
+
+        return digest({n: p.tensor.detach() for n, p in self.params.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"param/{n}": p.tensor.detach() for n, p in self.params.items()}
+        for version, tensors in self.versions.items():
+            state |= {f"version/{version}/{n}": t for n, t in tensors.items()}
+        for i, part in enumerate(self.parts):
+            if part.state:
+                state |= {f"part/{i}/{n}": t for n, t in part.state().items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.versions = {}
+        for key, tensor in state.items():
+            kind, rest = key.split("/", 1)
+            if kind == "param":
+                self.params[rest].tensor.data = tensor.to(self.params[rest].tensor)
+            elif kind == "version":
+                version, name = rest.split("/", 1)
+                self.versions.setdefault(version, {})[name] = tensor
+        for i, part in enumerate(self.parts):
+            if part.load:
+                part.load({k.split("/", 2)[2]: t for k, t in state.items() if k.startswith(f"part/{i}/")})
+
+    def close(self) -> None:
+        """Take every piece away; the modules are the base's own again (selected tensors keep their trained values)."""
+        for detach in self._detach:
+            detach()
+        self._detach = []
