@@ -61,7 +61,7 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=5000, keep={500: "early", 2000: "half"}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=5000, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
     "lm-instruct": Plan(192, 4, 6, 2, 512, steps=1500, rate=0.01, adam_rate=1e-3, start="lm", mixture={**MIXTURE, **{k: 2.2 * v for k, v in FORMATS.items()}}),
