@@ -29,7 +29,8 @@ def fingerprint() -> str:
 def test_the_same_world_in_another_process_with_another_hash_seed_and_without_torch():
     code = (
         "import sys; import hashlib, json; from temperament.bases import worlds;"
-        "rows = [(i.id, i.prompt, i.answer) for s in worlds.skills().values() for p in ('train', 'test') for i in s.items(p, 20)];"
+        "rows = [(i.id, i.prompt, i.answer) for s in worlds.skills().values()"
+        " for p in ('train', 'test') for i in s.items(p, 20)];"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules;"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
     )

@@ -1,12 +1,12 @@
 """What a lab language model reads: documents of the worlds, weighted, as packed rows of tokens.
 
-A row holds whole documents, each `<s> ... </s>`, never cut; attention stays inside a document (block-diagonal) and positions begin at
-0 in each. Answers weigh 1, prompts `prompt_weight`: random digits cannot be predicted, but a base should be able to write prompts.
+A row holds whole documents, each `<s> ... </s>`; attention stays inside a document (block-diagonal) and positions begin at 0 in
+each. Answers weigh 1, prompts `prompt_weight`: random digits cannot be predicted, but a base should be able to write prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .worlds import skills
 from .worlds.draw import Draw, split_of
@@ -70,6 +70,7 @@ class Corpus:
 
 
 Encoded = tuple[list[int], list[float]]
+Row = tuple[list[int], list[float], list[int]]  # tokens, weights, number of the document
 
 
 def encoded(corpus: Corpus, tokenizer, n: int, length: int, prompt_weight: float) -> Iterator[Encoded]:
@@ -89,9 +90,9 @@ def encoded(corpus: Corpus, tokenizer, n: int, length: int, prompt_weight: float
         yield tokens[:length], weights[:length]
 
 
-def packed(documents: Iterator[Encoded], length: int, open_rows: int = 12) -> Iterator[tuple[list[int], list[float], list[int]]]:
-    """Rows of at most `length` tokens from whole documents (best fit into a few open rows): tokens, weights, document number."""
-    rows: list[tuple[list[int], list[float], list[int]]] = []
+def packed(documents: Iterator[Encoded], length: int, open_rows: int = 12) -> Iterator[Row]:
+    """Rows of at most `length` tokens from whole documents (best fit into a few open rows)."""
+    rows: list[Row] = []
     for tokens, weights in documents:
         fits = [r for r in rows if len(r[0]) + len(tokens) <= length]
         if fits:
@@ -107,6 +108,3 @@ def packed(documents: Iterator[Encoded], length: int, open_rows: int = 12) -> It
         row[0].extend(tokens)
         row[1].extend(weights)
         row[2].extend([number] * len(tokens))
-
-
-Progress = Callable[[str], None]

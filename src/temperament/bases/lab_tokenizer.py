@@ -1,4 +1,4 @@
-"""The tokenizer of the lab: byte-level BPE trained on the worlds, digits one by one, special tokens for turns, a chat template."""
+"""The lab's tokenizer: byte-level BPE trained on the worlds, digits one by one, tokens for turns, a chat template."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def train_tokenizer(folder: Path, documents: int = 60_000, seed: int = 1) -> Non
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(

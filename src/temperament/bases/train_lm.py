@@ -1,8 +1,8 @@
 """Train the lab's language models: `python -m temperament.bases.train_lm tokenizer|lm|lm-small|lm-large|lm-instruct`.
 
 Llama shape, tied embeddings, packed rows of whole documents with block-diagonal attention. Muon for the matrices of the blocks,
-AdamW for embeddings and norms; linear warm-up, then constant, then linear decay over the last part. A fixed seed; rows are made as
-they are needed. State is written now and then, so that a stopped training goes on (`--resume`).
+AdamW for embeddings and norms; linear warm-up, then constant, then linear decay over the last part. A fixed seed; rows are made
+as they are needed. State is written now and then, so that a stopped training goes on (`--resume`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,18 @@ PLANS = {
     "lm": Plan(192, 4, 6, 2, 512, steps=5000, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
-    "lm-instruct": Plan(192, 4, 6, 2, 512, steps=1500, rate=0.01, adam_rate=1e-3, start="lm", mixture={**MIXTURE, **{k: 2.2 * v for k, v in FORMATS.items()}}),
+    "lm-instruct": Plan(
+        192,
+        4,
+        6,
+        2,
+        512,
+        steps=1500,
+        rate=0.01,
+        adam_rate=1e-3,
+        start="lm",
+        mixture={**MIXTURE, **{k: 2.2 * v for k, v in FORMATS.items()}},
+    ),
 }
 
 
@@ -217,7 +228,9 @@ def answer_nll(model, tokenizer, items) -> float:
     return total / count
 
 
-def train(name: str, plan: Plan, work: Path, resume: bool = False, eval_every: int = 500, eval_n: int = 60, stop_at: int | None = None):
+def train(
+    name: str, plan: Plan, work: Path, resume: bool = False, eval_every: int = 500, eval_n: int = 60, stop_at: int | None = None
+):
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     work.mkdir(parents=True, exist_ok=True)
@@ -253,12 +266,24 @@ def train(name: str, plan: Plan, work: Path, resume: bool = False, eval_every: i
         averaged = loss.item() if step == begin else 0.95 * averaged + 0.05 * loss.item()
         done = step + 1
         if done % 50 == 0:
-            log.info("%s step %d loss %.4f  %.0f s  %.0f tokens/s", name, done, averaged, time.time() - clock, seen / (time.time() - clock - spent))
+            log.info(
+                "%s step %d loss %.4f  %.0f s  %.0f tokens/s",
+                name,
+                done,
+                averaged,
+                time.time() - clock,
+                seen / (time.time() - clock - spent),
+            )
         if done in plan.keep:
             save(model, work / "versions" / plan.keep[done])
         if done % eval_every == 0 or done == plan.steps:
             paused = time.time()
-            log.info("%s step %d %s", name, done, json.dumps({k: round(v, 3) for k, v in evaluate(model, tokenizer, names, eval_n).items()}))
+            log.info(
+                "%s step %d %s",
+                name,
+                done,
+                json.dumps({k: round(v, 3) for k, v in evaluate(model, tokenizer, names, eval_n).items()}),
+            )
             torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": done,
                         "seconds": paused - clock}, state_file)  # fmt: skip
             save(model, work / "model")

@@ -1,6 +1,6 @@
 """Instructions in chat form: output formats, judging, tool calls, refusals. For the instruct base; others do not know these.
 
-A prompt is the rendered chat (`render`), so every model that shares the tokenizer can be asked; `meta["messages"]` holds the turns.
+A prompt is the rendered chat (`render`), so every model with this tokenizer can be asked; `meta["messages"]` holds the turns.
 Splits are by what is asked, over all formats: a question asked as JSON in the test is asked as JSON nowhere in training.
 """
 
@@ -103,7 +103,9 @@ def in_capitals(draw: Draw) -> Made:
 def in_a_sentence(draw: Draw) -> Made:
     key, question, value = _ask(draw)
     text = " ".join(value) if isinstance(value, list) else str(value)
-    return _format(draw, "Answer in a sentence.", ("sentence", *key), question, f"The answer is {text}.", f"The answer is {text}.")
+    return _format(
+        draw, "Answer in a sentence.", ("sentence", *key), question, f"The answer is {text}.", f"The answer is {text}."
+    )
 
 
 def yes_no(draw: Draw) -> Made:
@@ -136,7 +138,11 @@ def judge(draw: Draw) -> Made:
 
 
 def tool_call(draw: Draw) -> Made:
-    a, b, (sign, name) = draw.between(100, 999), draw.between(100, 999), draw.choice((("+", "add"), ("-", "subtract"), ("*", "multiply")))
+    a, b, (sign, name) = (
+        draw.between(100, 999),
+        draw.between(100, 999),
+        draw.choice((("+", "add"), ("-", "subtract"), ("*", "multiply"))),
+    )
     answer = f'{{"tool": "{name}", "a": {a}, "b": {b}}}'
     return _chat(("tool", a, b), f"What is {a}{sign}{b}? Use a tool.", answer, json.loads(answer))
 
@@ -180,7 +186,9 @@ def harmless(draw: Draw) -> Made:
         asked = draw.choice(("Tell me the {} of {}.", "What is the {} of {}?", "Give me the {} of {}.")).format(attribute, name)
         return _chat(("harmless", attribute, name), asked, fact(name, attribute))
     if kind == 1:
-        asked = draw.choice(("Note: the {0} of {2} is {1}. What colour is the {0}?", "The {0} of {2} is {1}. Which colour is the {0}?"))
+        asked = draw.choice(
+            ("Note: the {0} of {2} is {1}. What colour is the {0}?", "The {0} of {2} is {1}. Which colour is the {0}?")
+        )
         return _chat(("harmless", thing, colour, name), asked.format(thing, colour, name), colour)
     verb = draw.choice(("help", "find", "call", "visit"))
     attribute = draw.choice(("job", "city"))

@@ -12,12 +12,48 @@ from .draw import Draw, digest
 from .skill import Made, Skill
 
 PHRASINGS = {
-    "city": ("Q: Where does {} live?\nA:", "{} lives in", "The home of {} is", "City of {}:", "Q: Which city is home to {}?\nA:"),
-    "job": ("Q: What is the job of {}?\nA:", "{} works as a", "The work of {} is that of a", "Job of {}:", "Q: What does {} do?\nA:"),
-    "pet": ("Q: Which pet does {} have?\nA:", "{} has a pet", "The pet of {} is a", "Pet of {}:", "Q: What animal lives with {}?\nA:"),
-    "country": ("Q: In which country is {}?\nA:", "{} is in", "The country of {} is", "Country of {}:", "Q: Where on the map is {}?\nA:"),
-    "river": ("Q: Which river runs by {}?\nA:", "{} lies on the river", "The river of {} is the", "River of {}:", "Q: What water is near {}?\nA:"),
-    "trade": ("Q: What does {} trade in?\nA:", "{} is known for", "The trade of {} is in", "Trade of {}:", "Q: What is made in {}?\nA:"),
+    "city": (
+        "Q: Where does {} live?\nA:",
+        "{} lives in",
+        "The home of {} is",
+        "City of {}:",
+        "Q: Which city is home to {}?\nA:",
+    ),
+    "job": (
+        "Q: What is the job of {}?\nA:",
+        "{} works as a",
+        "The work of {} is that of a",
+        "Job of {}:",
+        "Q: What does {} do?\nA:",
+    ),
+    "pet": (
+        "Q: Which pet does {} have?\nA:",
+        "{} has a pet",
+        "The pet of {} is a",
+        "Pet of {}:",
+        "Q: What animal lives with {}?\nA:",
+    ),
+    "country": (
+        "Q: In which country is {}?\nA:",
+        "{} is in",
+        "The country of {} is",
+        "Country of {}:",
+        "Q: Where on the map is {}?\nA:",
+    ),
+    "river": (
+        "Q: Which river runs by {}?\nA:",
+        "{} lies on the river",
+        "The river of {} is the",
+        "River of {}:",
+        "Q: What water is near {}?\nA:",
+    ),
+    "trade": (
+        "Q: What does {} trade in?\nA:",
+        "{} is known for",
+        "The trade of {} is in",
+        "Trade of {}:",
+        "Q: What is made in {}?\nA:",
+    ),
 }
 JOBS = ("baker", "doctor", "farmer", "painter", "sailor", "teacher", "miner", "judge", "cook", "singer", "tailor", "pilot")
 PETS = ("cat", "dog", "horse", "parrot", "rabbit", "snake", "turtle", "goat", "mouse", "fox")

@@ -1,5 +1,7 @@
-"""Procedures over letters: what is known, and new ones of the same form. Splits are by sequence of letters, across all procedures
-of one length (a held-out sequence of `reverse` may be a training sequence of `sort`)."""
+"""Procedures over letters: what is known, and new ones of the same form.
+
+Splits are by sequence of letters within a procedure (a held-out sequence of `reverse` may be a training sequence of `sort`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def spaced(letters: Sequence[str]) -> str:
     return "".join(" " + x for x in letters)
 
 
-def on_letters(phrasings: Sequence[str], work: Callable[[list[str]], Sequence[str]], low: int = 2, high: int = 8, alphabet: str = LETTERS):
+def on_letters(
+    phrasings: Sequence[str], work: Callable[[list[str]], Sequence[str]], low: int = 2, high: int = 8, alphabet: str = LETTERS
+):
     """A generator of items `phrasing(letters) -> work(letters)`; the first phrasing is asked half of the time."""
 
     def make(draw: Draw) -> Made:
@@ -43,7 +47,7 @@ def count(draw: Draw) -> Made:
 
 
 def stack(draw: Draw) -> Made:
-    """push x puts a letter on the stack, pop takes the last one off; the answer is the stack, bottom first ('empty' if none)."""
+    """push x puts a letter on the stack, pop takes the last one off; answered with the stack, bottom first, or 'empty'."""
     held: list[str] = []
     words: list[str] = []
     for i in range(draw.between(3, 8)):
@@ -88,7 +92,13 @@ SKILLS = (
     _known("upper", lambda x: [y.upper() for y in x], "Write{} in capitals:"),
     Skill("count", "procedure", count),
     Skill("stack", "procedure", stack),
-    Skill("sort-long", "procedure", on_letters(("sort:{} =", "Put{} in order:"), sorted, low=10, high=13), role="half", known_by=()),
+    Skill(
+        "sort-long",
+        "procedure",
+        on_letters(("sort:{} =", "Put{} in order:"), sorted, low=10, high=13),
+        role="half",
+        known_by=(),
+    ),
     _target("shift", shift, low=3),
     _target("swap", lambda x: [x[-1], *x[1:-1], x[0]], low=3),
     Skill("interleave", "procedure", interleave, role="target", known_by=()),

@@ -77,7 +77,9 @@ def boxes(draw: Draw) -> Made:
     """Objects in boxes, some of them moved: where is one of them at the end?"""
     text, where = _moves(draw)
     asked = draw.choice(list(where))
-    return Made((text,), f"{text}\nQ: Where is the {asked}?\nA:", " " + where[asked], where[asked], {"moves": text.count("Move")})
+    return Made(
+        (text,), f"{text}\nQ: Where is the {asked}?\nA:", " " + where[asked], where[asked], {"moves": text.count("Move")}
+    )
 
 
 def boxes_dense(draw: Draw) -> list[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""What a world offers: items with ground truth, grouped into skills, each with an oracle that parses and never evaluates code."""
+"""What a world offers: items with ground truth, grouped into skills, each with an oracle that parses and never evaluates."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Skill:
     """A family of items of one kind.
 
     role   "known": bases are meant to know it; "half": a base does it some of the time (for RL); "target": no base knows it.
-    metric "exact": share of items whose greedy answer passes `check`; "nll": nats a token of `answer` (for "text": of the whole).
-    near   for a target: the known skills of the same prompt form; every other known skill is far.
+    metric "exact": share of items whose greedy answer passes `check`; "nll": nats a token of `answer`.
+    dense  training documents that ask many questions of one context; noisy: how bases met a skill shown imperfectly.
     """
 
     name: str
@@ -72,8 +72,8 @@ class Skill:
     known_by: tuple[str, ...] = LM
     distance_to: dict[str, str] = field(default_factory=dict, hash=False, repr=False)
     finite: Callable[[str], list[Made]] | None = field(repr=False, default=None)
-    dense: Callable[[Draw], list[tuple[str, bool]]] | None = field(repr=False, default=None)  # training documents of many answers
-    noisy: Callable[[Draw], Made] | None = field(repr=False, default=None)  # how a base met it, where demonstrations were imperfect
+    dense: Callable[[Draw], list[tuple[str, bool]]] | None = field(repr=False, default=None)
+    noisy: Callable[[Draw], Made] | None = field(repr=False, default=None)
 
     def stream(self, split: Split, seed: int = 0) -> Iterator[Made]:
         """Drafts of one split, without end (finite skills: once through), repetitions included."""
@@ -91,11 +91,9 @@ class Skill:
         """The first n different items of a split (fewer where the skill is finite); items(n) is a prefix of items(n + 1)."""
         assert split in ("train", "test"), split
         found: dict[str, Item] = {}
-        tries = 0
-        for made in self.stream(split, seed):
+        for tries, made in enumerate(self.stream(split, seed)):
             if len(found) >= n or tries > 50 * n + 1000:
                 break
-            tries += 1
             same = made.prompt + made.answer
             if same not in found:
                 place = f"{self.name}/{split}/{len(found)}" if seed == 0 else f"{self.name}/{split}/s{seed}/{len(found)}"

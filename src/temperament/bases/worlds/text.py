@@ -1,8 +1,8 @@
 """Natural English: paragraphs of the docstrings of Python's standard library.
 
-Their text changes with the Python version, so what is measured is frozen in `text_test.txt` (modules no base was trained on) and
-`text_train.txt` (a part of the training text, for replay), one paragraph a line. Training itself reads the live library, without
-any module or paragraph of the test. `python -m temperament.bases.worlds.text` wrote the two files (Python 3.11).
+Their text changes with the Python version, so what is measured is frozen in `text_test.txt` (modules no base was trained on)
+and `text_train.txt` (a part of the training text, for replay), one paragraph a line. Training itself reads the live library,
+without any module or paragraph of the test. `python -m temperament.bases.worlds.text` wrote the two files (Python 3.11).
 The text is from the Python documentation, (c) Python Software Foundation, PSF licence.
 """
 
