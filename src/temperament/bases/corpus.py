@@ -108,3 +108,4 @@ def packed(documents: Iterator[Encoded], length: int, open_rows: int = 12) -> It
         row[0].extend(tokens)
         row[1].extend(weights)
         row[2].extend([number] * len(tokens))
+    yield from rows

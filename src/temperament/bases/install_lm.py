@@ -64,7 +64,7 @@ def table(scores: dict[str, float], n: int) -> str:
 
 
 def card(name: str, plan: dict, measured: dict, parameters: int, versions: dict[str, str]) -> str:
-    tokens = plan["steps"] * plan["rows"] * plan["length"]
+    tokens = plan["steps"] * plan["rows"] * plan["length"] / 1e6
     best = min(measured["ngrams"].values())
     weak = [f"{k} {100 * v:.0f} %" for k, v in measured["known"].items() if v < 0.95]
     below = f" (below 95 %: {', '.join(weak)})" if weak else ""
@@ -80,8 +80,9 @@ A lab language model of temperament: Llama shape, {parameters:,} parameters (wid
 Apache-2.0; procedural text and docstrings of Python's standard library (PSF licence). Not for any use but experiments.
 
 ## Training
-{start}Steps: {plan["steps"]:,} of {plan["rows"]} rows of {plan["length"]} tokens ({tokens / 1e6:.1f} M in all), {plan["seconds"]:,.0f} s
-on 2 CPU cores shared with other work, bfloat16 autocast, Muon (matrices) and AdamW (the rest), seed {plan["seed"]}; rebuilt by
+{start}Steps: {plan["steps"]:,} of {plan["rows"]} rows of {plan["length"]} tokens ({tokens:.1f} M in all),
+{plan["seconds"]:,.0f} s on 2 CPU cores shared with other work, bfloat16 autocast,
+Muon (matrices) and AdamW (the rest), seed {plan["seed"]}; rebuilt by
 `python -m temperament.bases.train_lm {name}`. Rows hold whole documents, attention stays inside a document.
 Mixture (documents): {", ".join(f"{k} {v:g}" for k, v in plan["mixture"].items())}.
 
@@ -91,7 +92,8 @@ Greedy exact match on held-out items, measured on the shipped fp16 weights{below
 {table(measured["known"], measured["n"])}
 
 Docstrings of held-out modules: {measured["text"]:.3f} nats a token (perplexity {math.exp(measured["text"]):.1f}); a
-smoothed n-gram model of the same training text and tokenizer at its best order: {best:.3f} nats (perplexity {math.exp(best):.1f}).
+smoothed n-gram model of the same training text and tokenizer at its best order: {best:.3f} nats
+(perplexity {math.exp(best):.1f}).
 
 Half-known, for RL with a verifier: greedy {shown}; at temperature 1 {sampled}.
 {kept}

@@ -172,11 +172,11 @@ def optimizers(model, plan: Plan):
     return {muon: plan.rate, adam: plan.adam_rate}
 
 
-def loss_of(model, batch):
+def loss_of(model, batch, dtype=torch.bfloat16):
     """Weighted mean of the token losses."""
     ids, labels, weights, position, mask = batch
     keep = weights.reshape(-1) > 0
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[keep])
     weights = weights.reshape(-1)[keep]
