@@ -1,0 +1,97 @@
+"""Recall and tracking: the answer stands in the context. Splits are by the whole context, so a held-out item is a new one.
+
+Retrieval forms late in training; `dense` documents ask many questions of one context, and contexts start short.
+"""
+
+from __future__ import annotations
+
+from .draw import Draw
+from .procedures import LETTERS
+from .skill import Made, Skill
+
+COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
+OBJECTS = ("lamp", "door", "cup", "key", "hat", "book", "coat", "box", "ball", "chair", "bell", "ring")
+BOXES = "ABCDEF"
+
+
+def _map(draw: Draw, high: int = 8) -> tuple[list[str], list[str]]:
+    keys = draw.sample(LETTERS, draw.between(2, high))
+    return keys, [str(draw.below(10)) for _ in keys]
+
+
+def keys(draw: Draw) -> Made:
+    """'map: k7 b3 x9 | b' -> '3'."""
+    names, values = _map(draw)
+    i = draw.below(len(names))
+    context = "map:" + "".join(f" {k}{v}" for k, v in zip(names, values, strict=True))
+    return Made((context,), f"{context} | {names[i]}", values[i], values[i], {"length": len(names)})
+
+
+def keys_dense(draw: Draw) -> list[tuple[str, bool]]:
+    names, values = _map(draw, draw.choice((3, 5, 8)))
+    parts = [("map:" + "".join(f" {k}{v}" for k, v in zip(names, values, strict=True)), False)]
+    for i in draw.shuffled(range(len(names))):
+        parts += [(f" | {names[i]}", False), (values[i], True)]
+    return parts
+
+
+def _notes(draw: Draw, high: int = 6) -> tuple[list[str], list[str]]:
+    things = draw.sample(OBJECTS, draw.between(2, high))
+    return things, [draw.choice(COLOURS) for _ in things]
+
+
+def _note_text(draw: Draw, things: list[str], colours: list[str]) -> str:
+    form = draw.choice(("The {} is {}.", "My {} is {}."))
+    return "Note: " + " ".join(form.format(t, c) for t, c in zip(things, colours, strict=True))
+
+
+def notes(draw: Draw) -> Made:
+    """A fact stated in the context, asked in other words."""
+    things, colours = _notes(draw)
+    text, i = _note_text(draw, things, colours), draw.below(len(things))
+    question = draw.choice(("What colour is the {}?", "The {} has which colour?")).format(things[i])
+    return Made((text[9:],), f"{text}\nQ: {question}\nA:", " " + colours[i], colours[i], {"length": len(things)})
+
+
+def notes_dense(draw: Draw) -> list[tuple[str, bool]]:
+    things, colours = _notes(draw, draw.choice((2, 4, 6)))
+    parts = [(_note_text(draw, things, colours), False)]
+    for i in draw.shuffled(range(len(things))):
+        question = draw.choice(("What colour is the {}?", "The {} has which colour?")).format(things[i])
+        parts += [(f"\nQ: {question}\nA:", False), (" " + colours[i], True)]
+    return parts
+
+
+def _moves(draw: Draw, objects: int = 5, moves: int = 3) -> tuple[str, dict[str, str]]:
+    things = draw.sample(OBJECTS, draw.between(2, objects))
+    where = {t: draw.choice(BOXES) for t in things}
+    text = ["Start: " + ", ".join(f"{t} in {where[t]}" for t in things) + "."]
+    for _ in range(draw.between(0, moves)):
+        t = draw.choice(things)
+        where[t] = draw.choice([b for b in BOXES if b != where[t]])
+        text.append(f"Move {t} to {where[t]}.")
+    return " ".join(text), where
+
+
+def boxes(draw: Draw) -> Made:
+    """Objects in boxes, some of them moved: where is one of them at the end?"""
+    text, where = _moves(draw)
+    asked = draw.choice(list(where))
+    return Made(
+        (text,), f"{text}\nQ: Where is the {asked}?\nA:", " " + where[asked], where[asked], {"moves": text.count("Move")}
+    )
+
+
+def boxes_dense(draw: Draw) -> list[tuple[str, bool]]:
+    text, where = _moves(draw, draw.choice((2, 3, 5)), draw.choice((1, 2, 3)))
+    parts = [(text, False)]
+    for asked in draw.shuffled(list(where)):
+        parts += [(f"\nQ: Where is the {asked}?\nA:", False), (" " + where[asked], True)]
+    return parts
+
+
+SKILLS = (
+    Skill("keys", "recall", keys, dense=keys_dense),
+    Skill("notes", "recall", notes, dense=notes_dense),
+    Skill("boxes", "tracking", boxes, dense=boxes_dense),
+)
