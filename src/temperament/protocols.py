@@ -16,6 +16,7 @@ How a train step meets them, in order:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -63,18 +64,23 @@ Terms = dict[str, Term]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model did with one item. score in 0..1 (exact match, a checker's verdict, a judge's mark) or None; nll: mean
-    negative log-likelihood of the expected answer in nats per token; kl: nats per token to the base on this item."""
+    """What one model did with one item. `score` is 1 for right, 0 for wrong, or graded; None where the measure is set-level."""
 
-    item: str
+    id: str
     skill: str
-    prompt: str
-    expected: str
-    output: str
+    prompt: str = ""
+    expected: str = ""
+    output: str = ""
     score: float | None = None
-    nll: float | None = None
-    kl: float | None = None
+    nll: float | None = None  # of the expected answer, nats per token
+    kl: float | None = None  # to the base on this item, nats per token
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for measure in ("score", "nll", "kl"):  # a number that is not finite is no measurement
+            value = getattr(self, measure)
+            if value is not None:
+                object.__setattr__(self, measure, float(value) if math.isfinite(value) else None)
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from temperament.engine.tokens import Sampling, generate
 from temperament.nn.batch import Tokens
-from temperament.nn.logprobs import correct, kl, label, score
+from temperament.nn.logprobs import best, kl, label, score
 from temperament.protocols import Outcome
 
 
@@ -51,30 +51,40 @@ class Question:
 
 @dataclass(frozen=True)
 class TextSkill:
-    """Questions answered greedily, and the likelihood of the expected answers. distance: near, middle or far from the target."""
+    """Questions answered greedily, and the likelihood of the expected answers. distance: near, middle or far from the target.
+
+    metric "nll" (natural text): nothing is generated, the score is nats per token, lower is better.
+    """
 
     name: str
     questions: tuple[Question, ...]
     role: str = "retained"
     metric: str = "exact"
     max_new: int = 32
-    distance: str = ""
-    generate: bool = True
+    distance: str | None = None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How its scores read, for the ledger."""
+        return {"higher_is_better": False, "bounds": None, "passes": None, "unit": "nats"} if self.metric == "nll" else {}
 
     def key(self) -> str:
-        """What was asked: part of the address of cached scores."""
-        content = [self.name, self.metric, self.max_new, [(q.id, q.prompt, q.expected) for q in self.questions]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        """What is asked: part of the address of cached scores."""
+        return content_key("text", self.name, self.metric, self.max_new, [(q.id, q.prompt, q.expected) for q in self.questions])
+
+    def some(self, n: int) -> TextSkill:
+        return replace(self, questions=self.questions[:n])
 
     def measure(self, system: System) -> list[Outcome]:
-        prompts = [prompt_ids(q.prompt, system.tokenizer) for q in self.questions]
-        outputs = self._answers(prompts, system) if self.generate else [""] * len(prompts)
-        nll, divergence, _ = likelihood([(p, answer_ids(q.expected, q.prompt, system.tokenizer)) for p, q in zip(prompts, self.questions, strict=True)], system)
+        asked = self.questions
+        prompts = [prompt_ids(q.prompt, system.tokenizer) for q in asked]
+        answers = [answer_ids(q.expected, q.prompt, system.tokenizer) for q in asked]
+        got = likelihood(list(zip(prompts, answers, strict=True)), system)
+        outputs = [""] * len(asked) if self.metric == "nll" else self._answers(prompts, system)
         out = []
-        for q, text, n, d in zip(self.questions, outputs, nll, divergence, strict=True):
-            mark = float(q.check(text)) if self.generate else None
+        for q, text, nll, kl in zip(asked, outputs, got["nll"], got["kl"], strict=True):
             shown = q.prompt if isinstance(q.prompt, str) else system.tokenizer.apply_chat_template(q.prompt, tokenize=False)
-            out.append(Outcome(q.id, self.name, shown, q.expected, text, mark, n, d))
+            out.append(Outcome(q.id, self.name, shown, q.expected, text, nll if self.metric == "nll" else float(q.check(text)), nll, kl))
         return out
 
     def _answers(self, prompts: list[list[int]], system: System) -> list[str]:
@@ -84,6 +94,10 @@ class TextSkill:
             made = generate(system.subject, group, Sampling(max_new=self.max_new), seed=system.seed, hooks=system.hooks)
             texts += [system.tokenizer.decode(ids, skip_special_tokens=True) for ids in made.ids]
         return texts
+
+
+def content_key(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def prompt_ids(prompt: str | list, tokenizer: Any) -> list[int]:
@@ -106,25 +120,26 @@ def answer_ids(answer: str, prompt: str | list, tokenizer: Any) -> list[int]:
 
 
 @torch.no_grad()
-def likelihood(pairs: list[tuple[list[int], list[int]]], system: System) -> tuple[list[float], list[float | None], list[float]]:
-    """For each (prompt, answer): mean NLL of the answer's tokens (nats), mean KL(base || model) on them (nats, None without reference),
-    and the share of them that is the model's own first choice."""
-    pure = _Pure(system.base) if system.reference else None
-    nll, divergence, agree = [], [], []
+def likelihood(pairs: list[tuple[list[int], list[int]]], system: System) -> dict[str, list]:
+    """For each (prompt, answer), over the answer's tokens: "nll" mean nats; "kl" mean KL(base || model), nats, and "agree" share of
+    tokens where base and model have the same first choice (both None without a reference); "choice" the model's first choices."""
+    pure = Pure(system.base) if system.reference else None
+    out: dict[str, list] = {"nll": [], "kl": [], "agree": [], "choice": []}
     for start in range(0, len(pairs), system.batch):
         tokens = collate(pairs[start : start + system.batch]).to(next(system.base.model.parameters()).device)
-        reducers = [label(), correct()] + ([kl(pure)] if pure else [])
-        got = score(system.subject, tokens, *reducers)
-        count = tokens.weights.sum(1).clamp(min=1)
+        got = score(system.subject, tokens, label(), best(1), *([kl(pure)] if pure else []))
+        count, choice = tokens.weights.sum(1).clamp(min=1), got["best_ids"][..., 0]
         mean = lambda v: ((v * tokens.weights).sum(1) / count).tolist()
-        nll += [-v for v in mean(got["label"])]
-        agree += mean(got["correct"])
-        divergence += mean(got["kl"]) if pure else [None] * len(tokens)
-    return nll, divergence, agree
+        out["nll"] += [-v for v in mean(got["label"])]
+        out["choice"] += [row[w > 0].tolist() for row, w in zip(choice, tokens.weights, strict=True)]
+        theirs = score(pure, tokens, best(1))["best_ids"][..., 0] if pure else None
+        out["agree"] += mean((choice == theirs).float()) if pure else [None] * len(tokens)
+        out["kl"] += [max(v, 0.0) for v in mean(got["kl"])] if pure else [None] * len(tokens)
+    return out
 
 
 @dataclass(frozen=True)
-class _Pure:
+class Pure:
     """The pure base under the applied deltas, as a view."""
 
     base: Any

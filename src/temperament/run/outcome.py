@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from temperament.protocols import Outcome
 from temperament.run import stats
 
 Role = Literal["target", "retained", "other"]
 Status = Literal["kept", "gained", "lost", "missed"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one model did with one item. `score` is 1 for right, 0 for wrong, or graded; None where the measure is set-level."""
-
-    id: str
-    skill: str
-    prompt: str = ""
-    expected: str = ""
-    output: str = ""
-    score: float | None = None
-    nll: float | None = None  # of the expected answer, nats per token
-    kl: float | None = None  # to the base on this item, nats per token
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for measure in ("score", "nll", "kl"):  # a number that is not finite is no measurement
-            value = getattr(self, measure)
-            if value is not None:
-                object.__setattr__(self, measure, float(value) if math.isfinite(value) else None)
 
 
 @dataclass(frozen=True)

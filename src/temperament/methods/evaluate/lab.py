@@ -37,4 +37,4 @@ class Lab:
         questions = tuple(Question(i.id, i.prompt, i.answer, lambda output, i=i: float(skill.check(i, output)) if exact else 0.0) for i in items)
         longest = max(len(ctx.base.tokenizer(i.answer)["input_ids"]) for i in items)
         role = "target" if skill.name == self.target else "retained"
-        return TextSkill(skill.name, questions, role, skill.metric, longest + 4, skill.distance_to.get(self.target or "", ""), generate=exact)
+        return TextSkill(skill.name, questions, role, skill.metric, longest + 4, skill.distance_to.get(self.target or ""))
