@@ -28,7 +28,7 @@ class Piece(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, base: Under) -> Tensor:
-        return base(x) + F.linear(x, self.change().delta(base.weight))
+        return base(x) + base.map(x, self.change().delta(base.module.weight))
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,18 @@ class Under:
     bare: bool
 
     @property
-    def weight(self) -> Tensor:
-        """(out, in), also for GPT-2's transposed Conv1D."""
-        w = self.module.weight
-        return w.T if type(self.module).__name__ == "Conv1D" else w
+    def transposed(self) -> bool:
+        """GPT-2's Conv1D stores (in, out)."""
+        return type(self.module).__name__ == "Conv1D"
 
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's own kind of map with another weight (stored as the module stores its own) and no bias."""
+        m = self.module
+        if isinstance(m, nn.Embedding):
+            return F.embedding(x, weight)
+        if isinstance(m, nn.modules.conv._ConvNd):
+            return m._conv_forward(x, weight, None)
+        return F.linear(x, weight.T if self.transposed else weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)

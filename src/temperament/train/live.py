@@ -95,7 +95,10 @@ class Live:
             module.requires_grad_(name in self.params)
         for p in self.params.values():
             p.tensor.requires_grad_(True)
+        # What the base's own tensors were: what `start` is, what `base` is where no earlier step changed them, what resets them.
         self.start = {n: p.tensor.detach().clone() for n, p in self.params.items() if n in self._where}
+        for name, tensor in self.start.items():
+            base.originals.setdefault(name, tensor)
 
     # -- the model ------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class Live:
         if version == "live":
             yield self.model
         elif version == "base":
-            with self._off(), self._with(self.base.originals | {n: t for n, t in self.start.items() if n not in self.base.originals}):
+            with self._off(), self._with(self.base.originals):
                 yield self.model
         elif version == "start" and "start" not in self.versions:
             # Pieces start at no change, so the step's start is the weights as they were, with the pieces off.
@@ -205,15 +208,9 @@ class Live:
         for name in sorted(own - set(changes)):
             now = self.params[name].tensor.detach()
             if not torch.equal(now, self.start[name]):
-                changes[name] = Replace.of(self.start[name], now)
+                changes[name] = Replace(now.clone())
         additions = {k: v for part in self.parts if part.additions for k, v in part.additions().items()}
         return Delta(changes=changes, additions=additions, base=dict(self.base.sha256))
-
-    def digest(self) -> str:
-        """sha256 of the trained tensors in name order."""
-        from temperament.delta import digest
-
-        return digest({n: p.tensor.detach() for n, p in self.params.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"param/{n}": p.tensor.detach() for n, p in self.params.items()}

@@ -1,0 +1,35 @@
+"""What a part is given when it is built: the base, the processes, the seed, and where it may keep what it prepares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from temperament.bases.load import Base
+    from temperament.train.live import Live
+    from temperament.train.loop import Views
+    from temperament.train.world import World
+
+
+@dataclass
+class Context:
+    """batch, micro: rows of an optimizer step, rows of a forward. live, views: the main player, once it is built (a source may generate
+    with it). artefacts: folders of earlier steps by name. round: number of the round this step is in. folder: scratch that is
+    kept with the step. tell: event sink for progress that takes long."""
+
+    base: Base
+    world: World
+    seed: int = 0
+    batch: int = 16
+    micro: int = 16
+    folder: Path | None = None
+    round: int = 0
+    live: Live | None = None
+    views: Views | None = None
+    aides: Mapping[str, Any] = field(default_factory=dict)
+    inference: Sequence[Any] = ()
+    artefacts: Mapping[str, Path] = field(default_factory=dict)
+    tell: Callable[..., None] = lambda event, **data: None
