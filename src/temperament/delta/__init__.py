@@ -1,0 +1,32 @@
+"""The one type that merge, dial, blame, diagnose, export and serve speak: the change a step made."""
+
+from temperament.delta.between import between
+from temperament.delta.change import Change, Dense, Kronecker, LowRank, Sparse, Ternary
+from temperament.delta.combined import Masked, Rows, Sum
+from temperament.delta.delta import Addition, Delta, Lazy
+from temperament.delta.hash import identity
+from temperament.delta.on_weight import Multiplied, Renormalised, Replace, Transformed
+from temperament.delta.stream import Checkpoint, open_source
+
+__all__ = [
+    "Addition",
+    "Change",
+    "Checkpoint",
+    "Delta",
+    "Dense",
+    "Kronecker",
+    "Lazy",
+    "LowRank",
+    "Masked",
+    "Multiplied",
+    "Renormalised",
+    "Replace",
+    "Rows",
+    "Sparse",
+    "Sum",
+    "Ternary",
+    "Transformed",
+    "between",
+    "identity",
+    "open_source",
+]
