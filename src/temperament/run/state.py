@@ -1,0 +1,51 @@
+"""Where a run stands between steps: the change from the base so far, and the address of what made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from temperament.bases.load import Base
+from temperament.delta import Change, Delta, LowRank, Replace
+from temperament.delta.combined import add
+
+
+@dataclass(frozen=True)
+class State:
+    """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept."""
+
+    key: str
+    delta: Delta | None = None
+    folder: Path | None = None
+    data: dict[str, str] = field(default_factory=dict)  # data sets made by build steps, by step name
+
+
+def place_on(base: Base, state: State) -> Base:
+    """The base's modules as this state has them."""
+    base.reset()
+    if state.delta is not None:
+        base.apply(state.delta)
+    return base
+
+
+@torch.no_grad()
+def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
+    """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for tensors the
+    step trained in place. Low-rank on low-rank stays low-rank; where a step replaced or composed a tensor, the tensor is kept."""
+    if before is None:
+        return step
+    known = dict(base.parameters())
+    changes: dict[str, Change] = dict(before.changes)
+    for name, change in step.changes.items():
+        old = changes.get(name)
+        if old is None:
+            changes[name] = change
+        elif isinstance(old, LowRank) and isinstance(change, LowRank):
+            changes[name] = add(old.scaled(before.strength), change)
+        elif isinstance(change, Replace):
+            changes[name] = change
+        else:
+            changes[name] = Replace(change.apply(old.scaled(before.strength).apply(base.originals.get(name, known[name].detach()))))
+    return Delta(changes, {**before.additions, **step.additions}, {**before.buffers, **step.buffers}, base=before.base or step.base)

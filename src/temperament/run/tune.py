@@ -1,0 +1,500 @@
+"""`temper tune`: a recipe carried out. Validate, plan, check exactness, measure the base, do the steps, ledger, dial, report.
+
+    run = tune(recipe, "runs/first")
+    run.ledger, run.delta, run.model
+
+Each step starts from a `State` (the change so far) and leaves one; after each the ledger gets a row. Finished steps are taken from the
+run folder by their key, so an interrupted or edited run does only what is new.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from temperament import parts
+from temperament.bases.load import Base, load
+from temperament.delta import Delta
+from temperament.engine.measure import System
+from temperament.errors import Interrupted, TemperError, UserError, WorkFailed, nearest
+from temperament.protocols import Outcome
+from temperament.run import recipe as schema
+from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, write_outcomes
+from temperament.run.ledger import Ledger
+from temperament.run.outcome import SkillResult
+from temperament.run.state import State, chain, place_on
+from temperament.run.training import run_train
+from temperament.train.context import Context
+from temperament.train.world import World
+
+Tell = Callable[..., None]
+
+
+@dataclass
+class Run:
+    """What a recipe left. `json` is run.json."""
+
+    folder: Path
+    recipe: schema.Recipe
+    base: Base
+    state: State
+    ledger: Ledger | None
+    json: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def delta(self) -> Delta | None:
+        return self.state.delta
+
+    @property
+    def model(self):
+        """The tuned model: the base's modules with the whole change applied."""
+        return place_on(self.base, self.state).model
+
+
+@dataclass
+class Skills:
+    """The skills of a run, as suites gave them, and their scores."""
+
+    skills: list[Any]
+    recipe: schema.Recipe
+    base: Base
+
+    def __post_init__(self):
+        seen: set[str] = set()
+        for s in self.skills:
+            if s.name in seen:
+                raise UserError("evaluation.suites", s.name, "two suites bring a skill of this name; give one another `name`")
+            seen.add(s.name)
+
+    def key(self, of: str) -> str:
+        """Address of scores: who was measured, on what, how."""
+        return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
+
+    def system(self, model: Any = None, reference: bool = True) -> System:
+        hooks = [h for part in self.recipe.inference for h in part.hooks(self.base)]
+        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, reference, model)
+
+    def measure(self, path: Path, key: str, tell: Tell) -> tuple[dict[str, SkillResult], bool]:
+        """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they?"""
+        outcomes = read_outcomes(path, key)
+        cached = outcomes is not None
+        if outcomes is None:
+            outcomes, system = [], self.system()
+            for i, skill in enumerate(self.skills):
+                tell("measure", skill=skill.name, done=i, total=len(self.skills))
+                outcomes += skill.measure(system)
+            write_outcomes(path, key, outcomes)
+        return self.results(outcomes), cached
+
+    def results(self, outcomes: Iterable[Outcome]) -> dict[str, SkillResult]:
+        by: dict[str, list[Outcome]] = {s.name: [] for s in self.skills}
+        for o in outcomes:
+            by[o.skill].append(o)
+        return {s.name: SkillResult(s.name, s.role, s.metric, tuple(by[s.name]), distance=s.distance, **s.how) for s in self.skills}
+
+    def look(self, live: Any, items: int, watched: Iterable[str] | None = None) -> dict[str, float]:
+        """Means on a few items while training: each watched skill, and "target", the mean of the target skills."""
+        for m in self.base.components.values():
+            m.eval()
+        wanted = [s for s in self.skills if watched is None or s.name in watched or (s.role == "target" and "target" in watched)]
+        values = {}
+        for s in wanted:
+            some = s.some(items) if items else s
+            scores = [o.score for o in some.measure(self.system(reference=False)) if o.score is not None]
+            values[s.name] = sum(scores) / max(len(scores), 1)
+        for m in self.base.components.values():
+            m.train()
+        targets = [values[s.name] for s in wanted if s.role == "target"]
+        return values | ({"target": sum(targets) / len(targets)} if targets else {})
+
+
+def tune(
+    recipe: str | Path | Mapping[str, Any] | schema.Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    overrides: Iterable[str] = (),
+    base: Base | None = None,
+    tell: Tell = lambda event, **data: None,
+) -> Run:
+    """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its name."""
+    recipe = schema.read(recipe, overrides)
+    world = World(recipe.precision.compute, recipe.log_with)
+    out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
+    folder = Folder(out, write=world.main)
+    before = folder.open(resume, fresh)
+    if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
+        tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
+    with folder.alone():
+        return _Tuning(recipe, folder, world, base, tell).run()
+
+
+class _Tuning:
+    def __init__(self, recipe: schema.Recipe, folder: Folder, world: World, base: Base | None, tell: Tell):
+        self.recipe, self.folder, self.world, self.tell = recipe, folder, world, tell
+        self.began = time.time()
+        self.json: dict[str, Any] = {"status": "running", "recipe": recipe.plain(), "steps": [], "environment": environment()}
+        self.base = base
+        self.rows: dict[str, dict[str, SkillResult]] = {}
+        self.states: dict[str, State] = {}
+        self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
+
+    def run(self) -> Run:
+        folder, recipe = self.folder, self.recipe
+        if folder.write:
+            from temperament.train.checkpoint import write_atomic
+
+            write_atomic(folder.path / "recipe.yaml", recipe.yaml())
+        try:
+            self.prepare()
+            state = State(address("base", self.base.sha256))
+            self.states["base"] = state
+            if recipe.evaluation.base and self.skills.skills:
+                self.measure_base()
+            for step in self.expand(recipe.steps):
+                state = self.do(step, state)
+            return self.end(state)
+        except Interrupted as problem:
+            self.close("interrupted", str(problem))
+            raise
+        except KeyboardInterrupt:
+            self.close("interrupted", "interrupted")
+            raise Interrupted("Interrupted; finished steps and the last checkpoint are kept. Go on with --resume.") from None
+        except TemperError as problem:
+            self.close("failed", str(problem))
+            raise
+        except Exception as problem:
+            self.close("failed", repr(problem))
+            raise
+        finally:
+            if self.base is not None:
+                self.base.reset()
+
+    def close(self, status: str, why: str) -> None:
+        self.json |= {"status": status, "error": why}
+        try:
+            self.folder.save_run(self.json)
+        except WorkFailed:
+            pass  # a full disk is what is being reported
+
+    # -- before the steps -----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        recipe = self.recipe
+        if self.base is None:
+            self.tell("phase", name="load", text=recipe.base)
+            device = self.world.device if recipe.device == "auto" else recipe.device
+            self.base = load(recipe.base, dtype=recipe.precision.master, device=device, trust_remote_code=recipe.trust_remote_code)
+        self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
+        self.folder.save_run(self.json)
+        self.skills = Skills(self.gather_skills(), recipe, self.base)
+        targets = {s.name for s in self.skills.skills} | {"target"}
+        for step in walk_steps(recipe.steps):
+            if step.train and step.train.stop and step.train.stop.skill not in targets:
+                raise UserError(f"{step.name}.train.stop.skill", step.train.stop.skill, f"no suite measures it; {nearest(step.train.stop.skill, targets)}")
+        if any(step.train for step in walk_steps(recipe.steps)):
+            from temperament.run.plan import plan
+
+            self.json["plan"] = plan(recipe, self.base)
+            self.tell("plan", plan=self.json["plan"])
+            if recipe.check:
+                from temperament.run.check import check
+
+                self.tell("phase", name="check", text="exactness on your model and data")
+                self.json["check"] = check(recipe, self.base, self.world)
+                self.tell("check", check=self.json["check"])
+
+    def gather_skills(self) -> list[Any]:
+        spec = self.recipe.evaluation
+        suites = list(spec.suites) or [s for step in walk_steps(self.recipe.steps) if step.train for s in default_suites(step.train.source)]
+        if spec.keep and self.base.tokenizer is not None and not any(type(s).part_name == "evaluate.keep" for s in suites):
+            suites.append(parts.build("evaluate.keep"))
+        ctx = Asking(self.base, spec.items, self.recipe.seed)
+        return [skill for suite in suites for skill in suite.skills(ctx)]
+
+    def measure_base(self) -> None:
+        key = self.skills.key(address(self.base.sha256))
+        self.tell("phase", name="base", text="measuring the base")
+        results, cached = self.skills.measure(cache_dir() / "scores" / f"{key}.json", key, self.tell)
+        self.rows["base"] = results
+        self.tell("measured", row="base", results=results, cached=cached)
+
+    # -- the steps --------------------------------------------------------------------------------------------------------------
+
+    def expand(self, steps: Iterable[schema.Step]) -> Iterator[schema.Step]:
+        for step in steps:
+            if step.foreach:
+                yield from self.expand(unrolled(step))
+            else:
+                yield step
+
+    def do(self, step: schema.Step, state: State, round: int = 0) -> State:
+        """One step: from where it starts to the state it leaves."""
+        start = state if step.start == "previous" else self.states[step.start]
+        if step.when and not self.holds(step.when):
+            self.states[step.name] = start
+            self.tell("skip", name=step.name)
+            return start
+        if step.rounds:
+            return self.rounds(step, start)
+        self.tell("phase", name=step.name, text=step.kind)
+        spec = getattr(step, step.kind)
+        key = address(step.kind, made_of(spec) if spec is not True else [], start.key, self.recipe.seed, round, self.inputs(step, spec))
+        artefact = self.folder.finished(step.name, key)
+        before = time.perf_counter()
+        done = getattr(self, f"do_{step.kind}")(step, spec, start, key, round, artefact)
+        self.states[step.name] = done
+        seconds = artefact["seconds"] if artefact else time.perf_counter() - before
+        entry = {"name": step.name, "kind": step.kind, "key": key, "cached": artefact is not None, "seconds": seconds}
+        self.json["steps"].append(entry | self.left(step.name))
+        self.tell("done", name=step.name, cached=artefact is not None, seconds=seconds)
+        if step.ledger and self.skills.skills and step.kind != "build":
+            self.measure_after(step.name, done)
+        self.folder.save_run(self.json | {"status": "running", "ledger": self.ledger_json()})
+        return done
+
+    def left(self, name: str) -> dict[str, Any]:
+        artefact = self.last_artefact.get(name, {})
+        return {k: artefact[k] for k in ("steps", "tokens", "stopped", "rows") if k in artefact}
+
+    last_artefact: dict[str, dict] = {}
+
+    def inputs(self, step: schema.Step, spec: Any) -> list[str]:
+        """Addresses of the other artefacts a step reads."""
+        if step.merge:
+            return [self.states[n].key if n in self.states else n for n in spec.of]
+        return [s.key for n, s in self.states.items() if s.data]
+
+    def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
+        place = self.folder.step(step.name)
+        if artefact:
+            self.last_artefact = {**self.last_artefact, step.name: artefact}
+            self.cost["tokens"] += artefact.get("tokens", 0)
+            self.cost["seconds"] += artefact.get("seconds", 0.0)
+            return State(key, Delta.load(place / "delta"), place, start.data)
+        place_on(self.base, start)
+        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
+                      inference=self.recipe.inference, artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+        watched = [spec.stop.skill] if spec.stop else None
+        peak = peak_memory()
+        trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
+        whole = chain(self.base, start.delta, trained.delta)
+        if self.folder.write:
+            whole.save(place / "delta", overwrite=True)
+        self.cost["tokens"] += trained.tokens
+        self.cost["seconds"] += trained.seconds
+        self.cost["peak_bytes"] = max(self.cost["peak_bytes"], peak())
+        content = {"steps": trained.steps, "tokens": trained.tokens, "seconds": trained.seconds, "stopped": trained.stopped, "digest": whole.digest}
+        self.last_artefact = {**self.last_artefact, step.name: self.folder.finish(step.name, key, kind="train", **content)}
+        return State(key, whole, place, start.data)
+
+    def do_merge(self, step: schema.Step, spec: schema.Merging, start: State, key: str, round: int, artefact: dict | None) -> State:
+        place = self.folder.step(step.name)
+        if artefact:
+            return State(key, Delta.load(place / "delta"), place, start.data)
+        began = time.perf_counter()
+        self.base.reset()
+        names = spec.of or [n for n, s in self.states.items() if s.delta is not None]
+        deltas = [self.states[n].delta if n in self.states else read_delta(n, self.base) for n in names]
+        if not deltas or any(d is None for d in deltas):
+            raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
+        merged = spec.method.merge(dict(self.base.parameters()), deltas)
+        if self.folder.write:
+            merged.save(place / "delta", overwrite=True)
+        self.folder.finish(step.name, key, kind="merge", digest=merged.digest, seconds=time.perf_counter() - began)
+        return State(key, merged, place, start.data)
+
+    def do_measure(self, step: schema.Step, spec: bool, start: State, key: str, round: int, artefact: dict | None) -> State:
+        return start
+
+    def do_build(self, step: schema.Step, spec: schema.Building, start: State, key: str, round: int, artefact: dict | None) -> State:
+        import json
+
+        place = self.folder.step(step.name)
+        data = {**start.data, step.name: str(place / "data.jsonl")}
+        if artefact:
+            return replace(start, key=key, data=data)
+        from temperament.train.checkpoint import write_atomic
+
+        began = time.perf_counter()
+        place_on(self.base, start)
+        ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
+                      artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+        items, rejected = [], []
+        for item in spec.builder.make(ctx):
+            (rejected if isinstance(item, dict) and "rejected_because" in item else items).append(item)
+            if spec.limit and len(items) >= spec.limit:
+                break
+        if self.folder.write:
+            write_atomic(place / "data.jsonl", "".join(json.dumps(i) + "\n" for i in items))
+            write_atomic(place / "rejected.jsonl", "".join(json.dumps(i) + "\n" for i in rejected))
+        self.folder.finish(step.name, key, kind="build", rows=len(items), rejected=len(rejected), seconds=time.perf_counter() - began)
+        return replace(start, key=key, data=data)
+
+    def rounds(self, step: schema.Step, start: State) -> State:
+        state, spec, last = start, step.rounds, None
+        for i in range(spec.times):
+            begin = {"previous": state, "base": self.states["base"], "start": start}[spec.start]
+            state = replace(begin, data=state.data)
+            for inner in self.expand(spec.steps):
+                named = replace(inner, name=f"{step.name}/{i + 1}/{inner.name or inner.kind}")
+                state = self.do(named, state, round=i)
+            self.states[step.name] = state
+            value = self.value(spec.until.skill) if spec.until else None
+            if value is not None:
+                if spec.until.above is not None and value >= spec.until.above:
+                    break
+                if spec.until.gains_less is not None and last is not None and value - last < spec.until.gains_less:
+                    break
+                last = value
+        return state
+
+    def artefacts(self, state: State) -> dict[str, Path]:
+        return {n: s.folder for n, s in self.states.items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+
+    # -- the ledger -------------------------------------------------------------------------------------------------------------
+
+    def measure_after(self, name: str, state: State) -> None:
+        place_on(self.base, state)
+        results, cached = self.skills.measure(self.folder.step(name) / "outcomes.json", self.skills.key(state.key), self.tell)
+        self.rows[name] = results
+        self.tell("measured", row=name, results=results, cached=cached)
+
+    def ledger(self) -> Ledger | None:
+        return Ledger(self.rows) if self.rows else None
+
+    def ledger_json(self) -> dict[str, Any] | None:
+        return self.ledger().to_json() if self.rows else None
+
+    def value(self, skill: str) -> float | None:
+        results = list(self.rows.values())[-1] if self.rows else {}
+        picked = [r.mean for r in results.values() if r.skill == skill or (skill == "target" and r.role == "target")]
+        return sum(picked) / len(picked) if picked else None
+
+    def holds(self, when: schema.Condition) -> bool:
+        value = self.value(when.skill)
+        if value is None:
+            raise UserError("when.skill", when.skill, "it has not been measured before this step")
+        return (when.below is None or value < when.below) and (when.above is None or value >= when.above)
+
+    # -- the end ------------------------------------------------------------------------------------------------------------------
+
+    def end(self, state: State) -> Run:
+        spec, json = self.recipe.evaluation, self.json
+        json["ledger"] = self.ledger_json()
+        if state.delta is not None:
+            json["delta"] = {"parameters": state.delta.parameters, "bytes": state.delta.bytes, "digest": state.delta.digest}
+            if self.folder.write:
+                from temperament.run.export import save_delta
+
+                json["delta"]["files"] = save_delta(state.delta, self.base, self.folder.path / "delta", self.recipe.base)
+            self.base.reset()
+            json["diagnoses"] = {name: self.diagnose(name, state.delta) for name in spec.diagnose}
+            if spec.dial:
+                from temperament.run.dial import dial
+
+                self.tell("phase", name="dial", text="sweeping the strength of the change")
+                json["dial"] = dial(self.skills, state.delta, spec.dial, self.tell)
+        self.cost["wall_seconds"] = time.time() - self.began
+        json |= {"status": "done", "cost": self.cost}
+        self.folder.save_run(json)
+        run = Run(self.folder.path, self.recipe, self.base, state, self.ledger(), json)
+        self.tell("end", run=run)
+        return run
+
+    def diagnose(self, name: str, delta: Delta) -> dict[str, Any]:
+        from temperament.protocols import Diagnosis
+
+        return parts.build(name, Diagnosis, "evaluation.diagnose").diagnose(Subject(self.base, delta))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a diagnosis reads: a base and the change made on it; `runs` and `models` where several are compared."""
+
+    base: Base
+    delta: Delta | None = None
+    runs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a suite is given when it makes its skills."""
+
+    base: Base
+    items: int
+    seed: int
+
+
+def default_suites(source: Any) -> list[Any]:
+    """What a source offers to be measured by: held-out rows of its own file. Sources say so themselves (`suites()`)."""
+    return [parts.build(s) for s in source.suites()] if hasattr(source, "suites") else []
+
+
+def walk_steps(steps: Iterable[schema.Step]) -> Iterator[schema.Step]:
+    for step in steps:
+        yield step
+        if step.rounds:
+            yield from walk_steps(step.rounds.steps)
+        if step.foreach:
+            yield from walk_steps(unrolled(step))
+
+
+def unrolled(step: schema.Step) -> list[schema.Step]:
+    """The steps of a foreach, with {name} replaced; named STEP/1/..., STEP/2/..."""
+    names, lengths = list(step.foreach.values), {len(v) for v in step.foreach.values.values()}
+    if len(lengths) != 1:
+        raise UserError(f"{step.name}.foreach.values", step.foreach.values, "every list must have the same length")
+    out = []
+    for i in range(lengths.pop()):
+        here = {n: step.foreach.values[n][i] for n in names}
+        for k, inner in enumerate(step.foreach.steps):
+            made = parts.fill(schema.Step, _filled(inner, here), f"{step.name}.foreach.steps[{k}]")
+            out.append(replace(made, name=f"{step.name}.{i + 1}.{made.name or made.kind}"))
+    return out
+
+
+def _filled(value: Any, here: dict[str, Any]) -> Any:
+    if isinstance(value, str):
+        for name, v in here.items():
+            if value == "{" + name + "}":
+                return v
+            value = value.replace("{" + name + "}", str(v))
+        return value
+    if isinstance(value, Mapping):
+        return {_filled(k, here): _filled(v, here) for k, v in value.items()}
+    return [_filled(v, here) for v in value] if isinstance(value, list) else value
+
+
+def read_delta(source: str, base: Base) -> Delta:
+    """The delta of a run, an adapter folder, a delta folder, or a tuned model folder against this base."""
+    from temperament.run.export import delta_of
+
+    return delta_of(source, base)
+
+
+def environment() -> dict[str, Any]:
+    import importlib.metadata as metadata
+
+    import torch
+
+    versions = {p: metadata.version(p) for p in ("torch", "transformers", "accelerate", "safetensors", "numpy")}
+    return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None, **versions}  # fmt: skip
+
+
+def peak_memory() -> Callable[[], int]:
+    """Starts watching; the returned function says the most memory (bytes) the process has held since."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated
+    import resource
+
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
