@@ -152,6 +152,13 @@ class Source(Protocol):
     scheduled: ClassVar = True
 
 
+class Examples(Protocol):
+    """Rows of text: `examples(ctx) -> list[Example]` (engine/examples.py). What sources, rollouts and suites read."""
+
+    rooms: ClassVar = ("data",)
+    must: ClassVar = ("examples",)
+
+
 class Builder(Protocol):
     """A `build` step: makes a data set, models in the loop. `make(ctx) -> Iterable[item | Rejection]`; provenance is kept."""
 
@@ -177,10 +184,10 @@ class Merge(Protocol):
 
 
 class Shape(Protocol):
-    """A way to scale a delta by one strength: `scale(delta, strength, depth) -> Delta`. What the dial sweeps."""
+    """A way to scale a delta by one strength: `scale_delta(delta, strength, places) -> Delta`. What the dial sweeps."""
 
     rooms: ClassVar = ("merge",)
-    must: ClassVar = ("scale",)
+    must: ClassVar = ("scale_delta",)
 
 
 class Decode(Protocol):

@@ -303,7 +303,7 @@ class _Tuning:
         deltas = [self.states[n].delta if n in self.states else read_delta(n, self.base) for n in names]
         if not deltas or any(d is None for d in deltas):
             raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
-        merged = spec.method.merge(dict(self.base.parameters()), deltas)
+        merged = spec.method.merge(self.base, deltas)
         if self.folder.write:
             merged.save(place / "delta", overwrite=True)
         self.folder.finish(step.name, key, kind="merge", digest=merged.digest, seconds=time.perf_counter() - began)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from temperament.delta import LowRank
+from temperament.nn import context, draws
+from temperament.nn.pieces import Piece, Under
+from temperament.parts import part
+from temperament.train.live import Param, Trained
+
+
+class LoRAPiece(Piece):
+    """y = W x + s B A x;   A (rank, in, *kernel), B (out, rank)."""
+
+    starts_at_zero = True
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float, layout: str, dropout: float, address: str):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scale, self.layout, self.dropout, self.address = scale, layout, dropout, address
+
+    def change(self) -> LowRank:
+        return LowRank(self.A, self.B, self.layout, scale=self.scale)
+
+    def forward(self, x: Tensor, base: Under) -> Tensor:
+        if self.layout == "embedding":
+            return base(x) + self.scale * F.embedding(x, self.A.T) @ self.B.T
+        z = x if not (self.dropout and self.training) else draws.dropout(x, self.dropout, context.address(self.address))
+        if self.A.dim() > 2:  # a convolution: A keeps the kernel, B is 1 x 1
+            low = base.map(z, self.A)
+            return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
+        if self.dropout == 0 and base.bare and not base.transposed and x.dtype == self.A.dtype:
+            return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
+        return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """The frozen map and its low-rank share in one node: one pass over the output forward, one over the input gradient backward; saves x
+    and the rank-wide x A^T only."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, scale):
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ A.T
+        y = torch.addmm(b, flat, W.T) if b is not None else flat @ W.T
+        y.addmm_(low, B.T, alpha=scale)
+        ctx.save_for_backward(flat, low, W, A, B)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        flat, low, W, A, B = ctx.saved_tensors
+        g = g.reshape(-1, g.shape[-1])
+        back = g @ B  # (n, rank)
+        gA = (back.T @ flat).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        gB = (g.T @ low).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        gx = (g @ W).addmm_(back, A, alpha=ctx.scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return gx, None, None, gA, gB, None
+
+
+@part("adapters.lora")
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation: each target weight gets a trained product of two thin matrices.
+
+        W' = W + s B A        A (rank, in) ~ kaiming uniform, B (out, rank) = 0        s = alpha / rank, or alpha / sqrt(rank)
+
+    At the start the model is the base, bit for bit; merged, it has the base's shape. Targets are any linear map, GPT-2's Conv1D,
+    convolutions and embeddings. Written in PEFT's layout. Source: Hu et al. 2022; rank-stabilised scale: Kalajdzievski 2023.
+    """
+
+    rank: int = 16  # width of the product
+    alpha: float | None = None  # strength; default: 2 * rank
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # roles (q, v, mlp), module names, all-linear, or a regex
+    rank_stabilised: bool = False  # s = alpha / sqrt(rank): high ranks keep their strength
+    dropout: float = 0.0  # share of the adapter's input dropped while training
+    lr_factor_B: float = 1.0  # rate of B over the rate of A (LoRA+: 16)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout lies in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha if self.alpha is not None else 2.0 * self.rank) / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def build(self, base: Any, ctx: Any) -> Trained:
+        trained = Trained()
+        for place in base.places.match(self.targets, "adapters.lora.targets"):
+            if place.kind not in ("linear", "conv1d", "conv", "embedding"):
+                continue
+            name = place.parameters["weight"]
+            A, B = self.initial(place, ctx.seed)
+            layout = {"conv1d": "conv1d", "embedding": "embedding"}.get(place.kind, "linear")
+            piece = LoRAPiece(A, B, self.scale, layout, self.dropout, name).to(place.weight.device)
+            trained.pieces[name] = (place.module, piece)
+            depth = base.places.depth_of(name)
+            for role, partner, factor in (("A", "B", 1.0), ("B", "A", self.lr_factor_B)):
+                tensor = getattr(piece, role)
+                trained.params.append(Param(f"{name}:{role}", tensor, role, depth, f"{name}:{partner}", self.scale, place.weight, factor))
+        return trained
+
+    def initial(self, place: Any, seed: int) -> tuple[Tensor, Tensor]:
+        """A uniform in +-1/sqrt(in) (kaiming with a = sqrt 5), addressed by the place; B zero. Ranks above the matrix' own are cut."""
+        out, rest = place.shape[0], tuple(place.shape[1:])
+        rank = min(self.rank, out, math.prod(rest))
+        generator = draws.generator(seed, f"lora/{place.name}")
+        A = torch.empty(rank, *rest).uniform_(-1, 1, generator=generator) / math.sqrt(math.prod(rest))
+        return A.to(place.weight.dtype), torch.zeros(out, rank, dtype=place.weight.dtype)
