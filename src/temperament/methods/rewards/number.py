@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from temperament.errors import UserError
+from temperament.parts import part
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@part("rewards.number", modalities=("text",))
+@dataclass(frozen=True)
+class Number:
+    """1 where the last number of the response is the last number of the expected answer; else 0. Parses, never evaluates."""
+
+    column: str = "answer"  # column of the row that holds the expected answer
+
+    def score(self, prompt: Any, outputs: Sequence[str], row: Mapping[str, Any]) -> list[float | None]:
+        if self.column not in row:
+            raise UserError("rewards.number.column", self.column, f"the rows have no such column; they have {', '.join(sorted(map(str, row)))}")
+        want = last_number(str(row[self.column]))
+        return [None if want is None else float(last_number(o) == want) for o in outputs]
+
+
+def last_number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found and len(found[-1]) < 40 else None

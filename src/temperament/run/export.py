@@ -1,0 +1,122 @@
+"""What leaves the house: an adapter others can load, a merged model, a delta - each reloaded in a fresh process and compared.
+
+    adapter    PEFT layout, when the whole change is low-rank; else refused with what to do instead
+    merged     a model folder for from_pretrained, tokenizer and template with it
+    delta      safetensors + delta.json: any change, exactly
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from temperament.bases.load import Base, load, locate
+from temperament.delta import Delta, LowRank, between
+from temperament.errors import UserError
+from temperament.run.artefacts import Folder
+from temperament.train.checkpoint import write_atomic
+
+
+def as_peft(delta: Delta) -> bool:
+    """Does PEFT know this change? Every change low-rank, nothing added."""
+    return bool(delta.changes) and not delta.additions and not delta.buffers and all(isinstance(c, LowRank) for c in delta.changes.values())
+
+
+def save_delta(delta: Delta, base: Base, folder: Path, base_id: str) -> str:
+    """The run's `delta/`: in PEFT layout where PEFT knows the method, and always as our own, bound to the base's sha256."""
+    from temperament.delta import peft_format
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if as_peft(delta):
+        peft_format.write(delta, folder, base_model=base_id)
+        return "peft"
+    delta.save(folder, overwrite=True)
+    return "delta"
+
+
+def read_folder(folder: Path) -> Delta:
+    """A delta folder of ours, or a PEFT adapter."""
+    from temperament.delta import peft_format
+
+    if (folder / "adapter_config.json").exists():
+        return peft_format.read(folder)
+    return Delta.load(folder)
+
+
+def delta_of(source: str, base: Base) -> Delta:
+    """The delta of a run, an adapter, a delta folder, or a tuned model folder, against `base`."""
+    path = Path(source)
+    if not path.is_dir():
+        raise UserError("model", source, "no such folder; name a run, an adapter, a delta or a model folder")
+    if (path / "run.json").exists():
+        path = path / "delta"
+    if (path / "adapter_config.json").exists() or (path / "delta.json").exists():
+        return read_folder(path).check_base(base.sha256)
+    if (path / "config.json").exists():
+        return between(base.folder if base.folder is not None else base.model, path)
+    raise UserError("model", source, "it is no run, adapter, delta or model folder")
+
+
+def export(run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "delta"] = "merged", point: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Export a finished run (at a point of its dial, when given); returns the certificate."""
+    folder = Path(run)
+    finished = Folder(folder).run()
+    if finished.get("status") != "done":
+        raise UserError("run", str(run), "it is not a finished run; finish it with `temper tune --resume`")
+    if "delta" not in finished:
+        raise UserError("run", str(run), "it changed no weights; there is nothing to export")
+    base = load(finished["base"]["id"])
+    delta = read_folder(folder / "delta").check_base(base.sha256)
+    if point is not None:
+        from temperament.run.dial import scaled
+
+        delta = scaled(delta, point, base.places)
+    return export_delta(base, delta, Path(to), as_)
+
+
+def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dict[str, Any]:
+    """Write base + delta to a new folder and certify it."""
+    from temperament.delta import peft_format
+
+    if to.exists() and (to.is_file() or any(to.iterdir())):
+        raise UserError("--to", str(to), "it exists and is not empty; name a new folder")
+    if as_ == "delta":
+        delta.save(to)
+        return certify_and_record(base, delta, to, as_)
+    if as_ == "adapter":
+        if not as_peft(delta):
+            raise UserError("--as", "adapter", "this change is not low-rank, so adapter loaders cannot hold it; use --as merged, or `temper extract` for a low-rank approximation")
+        peft_format.write(delta, to, base_model=base.id)
+        return certify_and_record(base, delta, to, as_)
+    base.reset()
+    base.apply(delta)
+    part = to.with_name(f".{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    base.model.save_pretrained(part, safe_serialization=True)
+    if base.tokenizer is not None:
+        base.tokenizer.save_pretrained(part)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.exists():
+        to.rmdir()
+    part.rename(to)
+    base.reset()
+    return certify_and_record(base, delta, to, as_)
+
+
+def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str, Any]:
+    """Reload from disk in a fresh process and compare with the live model; refuse to call it done when they differ."""
+    from temperament.delta.certificate import certify
+
+    base.reset()
+    base.apply(delta)
+    try:
+        certificate = certify(to, base.model, tokenizer=base.tokenizer, base=str(base.folder or base.id))
+    finally:
+        base.reset()
+    write_atomic(to / "certificate.json", json.dumps(certificate, indent=1))
+    return certificate
+
+
+__all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "locate", "read_folder", "save_delta"]
