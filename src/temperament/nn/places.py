@@ -50,6 +50,7 @@ class Place:
     where: str = "in"
     cross: bool = False
     stream: str = ""
+    attention: str = ""  # the attention it is part of, as component/path
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
