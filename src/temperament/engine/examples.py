@@ -49,9 +49,12 @@ class Origin:
         return f"{self.file}, {self.unit} {self.line}"
 
 
+NOWHERE = Origin("memory", 0, "row")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    origin: Origin = Origin("memory", 0, "row")
+    origin: Origin = NOWHERE
     meta: dict = field(default_factory=dict)  # columns the shape does not use
     tools: list | None = None  # JSON schemas, given to the chat template
     images: tuple = ()

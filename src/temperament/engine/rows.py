@@ -91,18 +91,19 @@ def read_rows(
     if shape is not None and shape not in SHAPES:
         raise UserError("shape", shape, nearest(shape, SHAPES))
     name = str(source) if isinstance(source, str | Path) else "rows"
-    raw, bad = [], []
+    raw, bad, total = [], [], 0
     for origin, row in islice(_raw_rows(source, split, config), limit):
+        total += 1
         if isinstance(row, Mapping):
             raw.append((origin, row))
         else:
             reason = row if isinstance(row, Unread) else f"it is a {type(row).__name__}, not an object with columns"
             bad.append(BadRow(origin, str(reason)))
-    if not raw and not bad:
+    if not total:
         raise UserError("data", name, "the source has no rows; give at least one")
     stop = lambda: UserError(
         str(bad[0].origin), "a row that cannot be used",
-        f"{bad[0].reason} ({len(bad)} of {len(raw) + len(bad)} rows are bad); mend it, or say on_bad: skip",
+        f"{bad[0].reason} ({len(bad)} of {total} rows bad); mend it, or say on_bad: skip",
     )  # fmt: skip
     if not raw:
         raise stop()
@@ -161,7 +162,7 @@ def _detect(raw: list, found: Counter, name: str) -> tuple[str, list[str]]:
     chosen = SHAPES[fitting[0]]
     taken = {c for n in (*chosen.needs, *chosen.takes, *COMMON) for c in (n if isinstance(n, tuple) else (n,))}
     rivals = [s for s in fitting[1:] if not {c for c in SHAPES[s].needs if isinstance(c, str)} <= taken]
-    notes = [f"{name} is read as '{fitting[0]}'; its columns also make {', '.join(rivals)}: say shape: to choose"] * bool(rivals)
+    notes = [f"{name} is read as '{fitting[0]}'; its columns also make {', '.join(rivals)}: shape: chooses"] * bool(rivals)
     for unused in sorted(usual - taken - set(COLUMNS)):
         notes += [f"column '{unused}' is not read: did you mean '{c}'?" for c in get_close_matches(unused, COLUMNS, 1, 0.8)]
     return fitting[0], notes
@@ -196,7 +197,9 @@ def _from_path(source: str, split, config) -> Iterator:
         yield from _hub(source, split, config)
     else:
         near = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise UserError("data", source, "no such file" + (f" in {path.parent}; {nearest(path.name, near)}" if near else ""))
+        near = get_close_matches(path.name, near, n=2, cutoff=0.6)
+        mend = "no such file or folder" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        raise UserError("data", source, mend + ("; did you mean " + " or ".join(map(repr, near)) + "?" if near else ""))
 
 
 def _kind(path: Path) -> str | None:
