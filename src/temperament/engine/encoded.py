@@ -20,7 +20,7 @@ from temperament.nn.batch import Labelled, Pairs, Tokens
 @dataclass(frozen=True)
 class Encoded:
     """One document. roles: (start, end, role) of runs of tokens, for display. cut: tokens truncated. border: a token straddles
-    the border of prompt and response. number: its id in the data set, which addresses random draws."""
+    the border of prompt and response. number: its id in the data set, which addresses random draws; source: which set."""
 
     ids: list[int]
     weights: list[float]
@@ -30,6 +30,7 @@ class Encoded:
     cut: int = 0
     border: bool = False
     number: int = 0
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,18 +88,19 @@ class EncodedPrompt(Encoded):
 AnyEncoded = Encoded | EncodedPair | EncodedLabel
 
 
-def numbered(one: AnyEncoded, number: int) -> AnyEncoded:
-    """With this id. The two sides of a pair share it: draws of one pair are the same for both."""
+def numbered(one: AnyEncoded, number: int, source: str = "") -> AnyEncoded:
+    """With this id, of this source. The two sides of a pair share it: draws of one pair are the same for both."""
+    mark = lambda d: replace(d, number=number, source=source)
     if isinstance(one, EncodedPair):
-        return EncodedPair(replace(one.chosen, number=number), replace(one.rejected, number=number))
+        return EncodedPair(mark(one.chosen), mark(one.rejected))
     if isinstance(one, EncodedLabel):
-        return replace(one, tokens=replace(one.tokens, number=number))
-    return replace(one, number=number)
+        return replace(one, tokens=mark(one.tokens))
+    return mark(one)
 
 
 def collate(rows: Sequence[AnyEncoded | Sequence[Encoded]], pad: int = 0) -> Tokens | Pairs | Labelled:
     """A batch of these rows, padded on the right. A row is one document or, packed, a list of several. Padding has segment -1
-    and weight 0: `pad` is never seen nor trained, also where it is the end token. `extra`: {"origin", "meta"}, or a list."""
+    and weight 0: `pad` is never seen nor trained, also where it is the end token. `extra`: {"source", "origin", "meta"}."""
     if rows and isinstance(rows[0], EncodedPair):
         return Pairs(collate([r.chosen for r in rows], pad), collate([r.rejected for r in rows], pad))
     if rows and isinstance(rows[0], EncodedLabel):
@@ -121,5 +123,5 @@ def collate(rows: Sequence[AnyEncoded | Sequence[Encoded]], pad: int = 0) -> Tok
 
 
 def _extra(d: Encoded) -> dict:
-    extra = {"origin": str(d.origin), "meta": d.meta}
+    extra = {"source": d.source, "origin": str(d.origin), "meta": d.meta}
     return {**extra, "prompt": d.prompt} if isinstance(d, EncodedPrompt) else extra

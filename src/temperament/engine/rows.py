@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -25,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from temperament.engine.examples import COLUMNS, COMMON, SHAPES, Example, Origin, Unfit, to_example
+from temperament.engine.examples import COLUMNS, COMMON, SHAPES, Example, Origin, Unfit, question, to_example
 from temperament.errors import UserError, nearest
 
 LONGEST_ROW = 64 << 20  # bytes; a longer line is not a row but a file without line ends
@@ -122,6 +123,31 @@ def read_rows(
     if bad and (on_bad == "stop" or not examples):
         raise stop()
     return Rows(tuple(examples), shape, tuple(sorted(found)), tuple(bad), tuple(notes))
+
+
+def held_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """(rows to train on, rows kept out of it), each in file order. share: below 1 a share, else a number of rows; 0: none.
+
+    Who is kept out is decided by the hash of what is asked (prompt, conversation up to the last answer, text), so it does not
+    depend on the order of the file, and no question stands on both sides: equal ones go together.
+    """
+    wanted = share if share >= 1 else share * len(examples)
+    if not 0 <= wanted < len(examples) and examples:
+        raise UserError("holdout", share, f"of {len(examples)} rows some must be left to train on; hold out fewer")
+    wanted = 0 if share == 0 else max(round(wanted), 1)
+    keys = [hashlib.sha256(question(e).encode("utf-8", "replace")).digest() for e in examples]
+    out: set[bytes] = set()
+    taken, sizes = 0, Counter(keys)
+    for key in sorted(sizes):
+        if taken >= wanted:
+            break
+        if taken + sizes[key] < len(examples):  # never all of them
+            out.add(key)
+            taken += sizes[key]
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example, key in zip(examples, keys, strict=True):
+        sides[key in out].append(example)
+    return sides
 
 
 def _renamed(raw: list, columns: Mapping[str, str], name: str) -> list:
