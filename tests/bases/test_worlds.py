@@ -127,10 +127,10 @@ def test_recall_and_tracking_against_a_reading_of_the_context():
     for item in SKILLS["boxes"].items("test", 100):
         where = dict(re.findall(r"(\w+) in ([A-F])", item.prompt))
         where |= dict(re.findall(r"Move (\w+) to ([A-F])", item.prompt))
-        assert where[re.findall(r"the (\w+)\?", item.prompt)[0]] == item.answer.strip()
+        assert where[re.findall(r"[Tt]he (\w+)(?:\?| is in$)", item.prompt)[0]] == item.answer.strip()
     for item in SKILLS["notes"].items("test", 100):
         told = dict(re.findall(r"(?:The|My) (\w+) is (\w+)\.", item.prompt))
-        question = item.prompt.split("Q: ")[1]
+        question = item.prompt.split("\n", 1)[1]
         assert [c for t, c in told.items() if re.search(rf"\b{t}\b", question)] == [item.answer.strip()]
 
 

@@ -286,6 +286,7 @@ def test_match():
     assert places.match(r".*layers\.1\..*_proj").names == tuple(p.name for p in places.linear() if p.depth == 1)
     assert places.match("layers.0.mlp").names == tuple(p.name for p in places if p.depth == 0 and p.category == "mlp")
     assert places.match(["lm_head", "norm"]).names == tuple(p.name for p in places if p.role in ("head", "norm"))
+    assert len(places_of("qwen3").match("norm")) == 9 and len(places_of("qwen3").role("norm")) == 5
     assert places.match("self_attn.q_proj").names == places.role("q").names
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 from .corpus import Corpus, encoded, packed
 from .worlds import skills
@@ -27,7 +28,7 @@ log = logging.getLogger("temperament.train_lm")
 MIXTURE = {
     "add": 5, "subtract": 5, "compare": 2, "add-steps": 6, "multiply": 5, "story": 7, "add3": 2, "workout": 3,
     "copy": 3, "reverse": 4, "sort": 5, "rotate": 3, "upper": 2, "count": 4, "stack": 6, "sort-long": 0.5,
-    "keys": 6, "notes": 6, "boxes": 8, "people": 9, "places": 5, "text": 5,
+    "keys": 4, "notes": 9, "boxes": 13, "people": 9, "places": 5, "text": 5,
 }  # fmt: skip
 FORMATS = {
     "chat": 4, "json": 5, "list": 4, "capitals": 5, "sentence": 3, "yes-no": 3, "judge": 5, "tool": 3, "chat-steps": 3,
@@ -50,10 +51,10 @@ class Plan:
     rate: float = 0.02  # Muon
     adam_rate: float = 3e-3
     warmup: int = 100
-    decay: float = 0.4  # share of the steps, at the end, in which the rate falls linearly to 0
+    decay: float = 0.6  # share of the steps, at the end, in which the rate falls linearly to 0
     weight_decay: float = 0.01
     prompt_weight: float = 0.2
-    dense: tuple[float, float] = (0.9, 0.4)  # share of many-question documents where a skill has them, at start and end
+    dense: tuple[float, float] = (0.9, 0.6)  # share of many-question documents where a skill has them, at start and end
     seed: int = 0
     start: str | None = None
     mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
@@ -61,7 +62,7 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=5000, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=4000, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
     "lm-instruct": Plan(
@@ -101,10 +102,28 @@ def save(model, folder: Path) -> None:
     import copy
 
     half = copy.deepcopy(model).to(torch.float16)
-    half.config.dtype = "float16"
     half.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"  # fp16 is for the disk only: a plain from_pretrained computes in fp32
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(LAB / "tokenizer" / name, folder / name)
+
+
+def packed_attention(module, query, key, value, mask, scaling=None, **_):
+    """Plain attention with a boolean mask, key-value heads never repeated: on a CPU and short rows a third faster than SDPA.
+
+    query (rows, heads, length, d); key, value (rows, kv heads, length, d); mask (rows, 1, length, length), True where seen.
+    """
+    rows, heads, length, d = query.shape
+    kv = key.shape[1]
+    scores = torch.matmul((query * scaling).reshape(rows, kv, heads // kv * length, d), key.transpose(-1, -2))
+    scores = scores.view(rows, kv, heads // kv, length, length).masked_fill(~mask[:, :, None], -1e4)
+    weights = scores.softmax(-1).to(value.dtype).view(rows, kv, heads // kv * length, length)
+    return torch.matmul(weights, value).view(rows, heads, length, d).transpose(1, 2), None
+
+
+AttentionInterface.register("lab_packed", packed_attention)
 
 
 def batch_of(rows, length: int):
@@ -176,8 +195,10 @@ def loss_of(model, batch, dtype=torch.bfloat16):
     """Weighted mean of the token losses."""
     ids, labels, weights, position, mask = batch
     keep = weights.reshape(-1) > 0
+    model.config._attn_implementation = "lab_packed"
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        model.config._attn_implementation = "sdpa"
         logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[keep])
     weights = weights.reshape(-1)[keep]
     losses = F.cross_entropy(logits.float(), labels.reshape(-1)[keep], reduction="none")

@@ -49,9 +49,12 @@ class Origin:
         return f"{self.file}, {self.unit} {self.line}"
 
 
+NOWHERE = Origin("memory", 0, "row")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    origin: Origin = Origin("memory", 0, "row")
+    origin: Origin = NOWHERE
     meta: dict = field(default_factory=dict)  # columns the shape does not use
     tools: list | None = None  # JSON schemas, given to the chat template
     images: tuple = ()
@@ -122,6 +125,29 @@ def as_chat(example: Example) -> Example:
         if hasattr(example, name):
             new[name] = say("assistant", getattr(example, name))
     return replace(example, **new)
+
+
+def turns_apart(example: Example) -> list[Example]:
+    """A conversation as one conversation for each of its answers, ending there: to be trained with mask="last". What a chat
+    template needs that writes earlier turns differently (without their thinking) once the conversation has gone on."""
+    if not isinstance(example, Chat):
+        return [example]
+    ends = [i + 1 for i, m in enumerate(example.messages) if m["role"] == "assistant" and m.get("weight", 1) > 0]
+    return [replace(example, messages=example.messages[:n]) for n in ends if n > 1]
+
+
+def question(example: Example) -> str:
+    """What is asked, as one string: two rows with equal questions must not stand on both sides of a split."""
+    if isinstance(example, Chat):
+        last = max((i for i, m in enumerate(example.messages) if m["role"] == "assistant"), default=len(example.messages))
+        asked = example.messages[:last]
+    elif isinstance(example, Tokenised):
+        asked = example.ids
+    elif isinstance(example, Text | Captioned):
+        asked = example.text
+    else:
+        asked = example.prompt
+    return asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
 
 
 # ---- values -----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -25,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from temperament.engine.examples import COLUMNS, COMMON, SHAPES, Example, Origin, Unfit, to_example
+from temperament.engine.examples import COLUMNS, COMMON, SHAPES, Example, Origin, Unfit, question, to_example
 from temperament.errors import UserError, nearest
 
 LONGEST_ROW = 64 << 20  # bytes; a longer line is not a row but a file without line ends
@@ -91,18 +92,19 @@ def read_rows(
     if shape is not None and shape not in SHAPES:
         raise UserError("shape", shape, nearest(shape, SHAPES))
     name = str(source) if isinstance(source, str | Path) else "rows"
-    raw, bad = [], []
+    raw, bad, total = [], [], 0
     for origin, row in islice(_raw_rows(source, split, config), limit):
+        total += 1
         if isinstance(row, Mapping):
             raw.append((origin, row))
         else:
             reason = row if isinstance(row, Unread) else f"it is a {type(row).__name__}, not an object with columns"
             bad.append(BadRow(origin, str(reason)))
-    if not raw and not bad:
+    if not total:
         raise UserError("data", name, "the source has no rows; give at least one")
     stop = lambda: UserError(
         str(bad[0].origin), "a row that cannot be used",
-        f"{bad[0].reason} ({len(bad)} of {len(raw) + len(bad)} rows are bad); mend it, or say on_bad: skip",
+        f"{bad[0].reason} ({len(bad)} of {total} rows bad); mend it, or say on_bad: skip",
     )  # fmt: skip
     if not raw:
         raise stop()
@@ -121,6 +123,31 @@ def read_rows(
     if bad and (on_bad == "stop" or not examples):
         raise stop()
     return Rows(tuple(examples), shape, tuple(sorted(found)), tuple(bad), tuple(notes))
+
+
+def held_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """(rows to train on, rows kept out of it), each in file order. share: below 1 a share, else a number of rows; 0: none.
+
+    Who is kept out is decided by the hash of what is asked (prompt, conversation up to the last answer, text), so it does not
+    depend on the order of the file, and no question stands on both sides: equal ones go together.
+    """
+    wanted = share if share >= 1 else share * len(examples)
+    if not 0 <= wanted < len(examples) and examples:
+        raise UserError("holdout", share, f"of {len(examples)} rows some must be left to train on; hold out fewer")
+    wanted = 0 if share == 0 else max(round(wanted), 1)
+    keys = [hashlib.sha256(question(e).encode("utf-8", "replace")).digest() for e in examples]
+    out: set[bytes] = set()
+    taken, sizes = 0, Counter(keys)
+    for key in sorted(sizes):
+        if taken >= wanted:
+            break
+        if taken + sizes[key] < len(examples):  # never all of them
+            out.add(key)
+            taken += sizes[key]
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example, key in zip(examples, keys, strict=True):
+        sides[key in out].append(example)
+    return sides
 
 
 def _renamed(raw: list, columns: Mapping[str, str], name: str) -> list:
@@ -161,7 +188,7 @@ def _detect(raw: list, found: Counter, name: str) -> tuple[str, list[str]]:
     chosen = SHAPES[fitting[0]]
     taken = {c for n in (*chosen.needs, *chosen.takes, *COMMON) for c in (n if isinstance(n, tuple) else (n,))}
     rivals = [s for s in fitting[1:] if not {c for c in SHAPES[s].needs if isinstance(c, str)} <= taken]
-    notes = [f"{name} is read as '{fitting[0]}'; its columns also make {', '.join(rivals)}: say shape: to choose"] * bool(rivals)
+    notes = [f"{name} is read as '{fitting[0]}'; its columns also make {', '.join(rivals)}: shape: chooses"] * bool(rivals)
     for unused in sorted(usual - taken - set(COLUMNS)):
         notes += [f"column '{unused}' is not read: did you mean '{c}'?" for c in get_close_matches(unused, COLUMNS, 1, 0.8)]
     return fitting[0], notes
@@ -196,7 +223,9 @@ def _from_path(source: str, split, config) -> Iterator:
         yield from _hub(source, split, config)
     else:
         near = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise UserError("data", source, "no such file" + (f" in {path.parent}; {nearest(path.name, near)}" if near else ""))
+        near = get_close_matches(path.name, near, n=2, cutoff=0.6)
+        mend = "no such file or folder" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        raise UserError("data", source, mend + ("; did you mean " + " or ".join(map(repr, near)) + "?" if near else ""))
 
 
 def _kind(path: Path) -> str | None:

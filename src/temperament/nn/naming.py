@@ -64,7 +64,7 @@ MODULATION = re.compile(r"norm\w*\.linear$|modulation|ada_?ln|scale_shift_table|
 SCALE = re.compile(r"logit_(scale|bias)|layer_?scale|lambda|gamma$|(^|\.)scale$", re.I)
 PROJECTOR = re.compile(r"projector|merger|connector|aligner", re.I)
 HEAD = re.compile(r"^(lm_head|head|heads|cls|classifier|score|qa_outputs|proj_out\w*|conv_out|final_layer|visual_projection|"
-                  r"text_projection|generator|predictions|pooler|fc)$")
+                  r"text_projection|generator|predictions|pooler|fc|vocab_transform)$")
 EMBEDDINGS = re.compile(r"embed|pre_?lay|pre_?norm|wte|wpe", re.I)
 
 # Fused weights. Rows of a `query_key_value` are grouped by key head - (kv_heads, heads / kv_heads + 2, head_dim), which for

@@ -50,6 +50,7 @@ class Place:
     where: str = "in"
     cross: bool = False
     stream: str = ""
+    attention: str = ""  # the attention it is part of, as component/path
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -242,10 +243,14 @@ class Places:
         """Places named by any of `targets`: "all", "all-linear", a role, a category, a path or its last parts ("q_proj",
         "layers.0.mlp"), or a regular expression for the whole path.
 
-        A role wins over an equal path part. Raises UserError for a target that names nothing, even when others do.
+        A category wins over a role ("norm" has q_norm too), a role over an equal path part. Raises UserError for a target
+        that names nothing, even when others do.
         """
         union: dict[str, tuple[str, ...] | None] = {}
-        for target in [targets] if isinstance(targets, str) else list(targets):
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        if not targets:
+            raise UserError(field, targets, "name at least one place, e.g. 'all-linear'")
+        for target in targets:
             found = self._match(target, field)
             if not len(found):
                 known = {*self._roles(), *(c for c in CATEGORIES if any(p.category == c for p in self)), "all-linear", "all",
@@ -265,10 +270,10 @@ class Places:
             return self
         if target == "all-linear":
             return self.linear()
+        if target in CATEGORIES:
+            return self.category(target)
         if target in ROLES and target in self._roles():
             return self.role(target)
-        if target in CATEGORIES and target not in ROLES:
-            return self.category(target)
         if re.search(r"[*+?()|^$\[\]\\]", target):
             try:
                 pattern = re.compile(target)

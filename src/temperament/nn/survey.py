@@ -83,7 +83,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
                             causal=_causal(blocks), diffuses=_diffuses(model), known=config is not None)
         same = sum(s.name == name or re.fullmatch(rf"{name}\d+", s.name) is not None for s in found)
         found.append(Stack(path, name if not same else f"{name}{same + 1}", tuple(blocks)))
-    return sorted(found, key=lambda s: n.STACK_ORDER.get(s.name, 0))
+    return sorted(found, key=lambda s: n.STACK_ORDER.get(s.name.rstrip("0123456789"), 0))
 
 
 def _causal(blocks: list[tuple[str, nn.Module]]) -> bool:
@@ -338,8 +338,8 @@ def _outside(path: str, role: str, kind: str, stacks: list[Stack]) -> tuple[str,
 
 def _attention_of(place: Place) -> str:
     """Places of one attention share this: the path up to the outermost attention word after the block."""
-    parts = place.path.split(".")
-    numbers = [i for i, p in enumerate(parts[:-1]) if p.isdigit() and not parts[i - 1].startswith("to_")]
+    parts = place.path.replace("to_out.0", "to_out").split(".")
+    numbers = [i for i, p in enumerate(parts[:-1]) if p.isdigit()]
     start = numbers[-1] + 1 if numbers else 0
     for i in range(start, len(parts)):
         if n.ATTENTION_NAME.search(parts[i]):
@@ -366,7 +366,9 @@ def _with_heads(places: list[Place], model: nn.Module) -> list[Place]:
     for p in places:  # Flux: one output map reads the attention of its block and the MLP beside it
         if p.role == "o_down" and (p.stack, p.depth) in of_block:
             heads[p.name] = of_block[p.stack, p.depth]
-    return [replace(p, heads=h[0], kv_heads=h[1], head_dim=h[2]) if (h := heads.get(p.name)) else p for p in places]
+    of = {p.name: f"{p.component}/{path}" for path, group in groups.items() for p in group}
+    known = {name: dict(zip(("heads", "kv_heads", "head_dim"), h, strict=True)) for name, h in heads.items()}
+    return [replace(p, attention=of.get(p.name, ""), **known.get(p.name, {})) for p in places]
 
 
 def _heads(path: str, group: list[Place], model: nn.Module) -> dict[str, tuple[int, int | None, int]]:

@@ -9,6 +9,8 @@ from .draw import Draw
 from .procedures import LETTERS
 from .skill import Made, Skill
 
+ASK_COLOUR = ("\nQ: What colour is the {}?\nA:", "\nQ: The {} has which colour?\nA:", "\nThe {} is")
+ASK_PLACE = ("\nQ: Where is the {}?\nA:", "\nQ: Where is the {}?\nA:", "\nThe {} is in")
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
 OBJECTS = ("lamp", "door", "cup", "key", "hat", "book", "coat", "box", "ball", "chair", "bell", "ring")
 BOXES = "ABCDEF"
@@ -49,16 +51,15 @@ def notes(draw: Draw) -> Made:
     """A fact stated in the context, asked in other words."""
     things, colours = _notes(draw)
     text, i = _note_text(draw, things, colours), draw.below(len(things))
-    question = draw.choice(("What colour is the {}?", "The {} has which colour?")).format(things[i])
-    return Made((text[9:],), f"{text}\nQ: {question}\nA:", " " + colours[i], colours[i], {"length": len(things)})
+    question = draw.choice(ASK_COLOUR).format(things[i])
+    return Made((text[9:],), text + question, " " + colours[i], colours[i], {"length": len(things)})
 
 
 def notes_dense(draw: Draw) -> list[tuple[str, bool]]:
     things, colours = _notes(draw, draw.choice((2, 4, 6)))
     parts = [(_note_text(draw, things, colours), False)]
     for i in draw.shuffled(range(len(things))):
-        question = draw.choice(("What colour is the {}?", "The {} has which colour?")).format(things[i])
-        parts += [(f"\nQ: {question}\nA:", False), (" " + colours[i], True)]
+        parts += [(draw.choice(ASK_COLOUR).format(things[i]), False), (" " + colours[i], True)]
     return parts
 
 
@@ -77,16 +78,15 @@ def boxes(draw: Draw) -> Made:
     """Objects in boxes, some of them moved: where is one of them at the end?"""
     text, where = _moves(draw)
     asked = draw.choice(list(where))
-    return Made(
-        (text,), f"{text}\nQ: Where is the {asked}?\nA:", " " + where[asked], where[asked], {"moves": text.count("Move")}
-    )
+    question = draw.choice(ASK_PLACE).format(asked)
+    return Made((text,), text + question, " " + where[asked], where[asked], {"moves": text.count("Move")})
 
 
 def boxes_dense(draw: Draw) -> list[tuple[str, bool]]:
     text, where = _moves(draw, draw.choice((2, 3, 5)), draw.choice((1, 2, 3)))
     parts = [(text, False)]
     for asked in draw.shuffled(list(where)):
-        parts += [(f"\nQ: Where is the {asked}?\nA:", False), (" " + where[asked], True)]
+        parts += [(draw.choice(ASK_PLACE).format(asked), False), (" " + where[asked], True)]
     return parts
 
 
