@@ -39,6 +39,7 @@ class Base:
     originals: dict[str, Tensor] = field(default_factory=dict)  # what applied deltas replaced: the pure base's tensors
 
     def __post_init__(self):
+        _ = self._slots  # found while every parameter is in its place; versions swap them later
         if not self.sha256:
             for name, module in self.components.items():
                 self.sha256 |= identity(module, name)
@@ -63,11 +64,18 @@ class Base:
             for name, p in module.named_parameters():
                 yield f"{component}/{name}", p
 
+    @cached_property
+    def _slots(self) -> dict[str, list[tuple[dict, str]]]:
+        by_id: dict[int, list[tuple[dict, str]]] = {}
+        for module in self.components.values():
+            for m in module.modules():
+                for key, p in m._parameters.items():
+                    by_id.setdefault(id(p), []).append((m._parameters, key))
+        return {name: by_id[id(p)] for name, p in self.parameters()}
+
     def slots(self, name: str) -> list[tuple[dict, str]]:
         """Where the parameter `name` hangs: every (parameter dict, key), ties included."""
-        component, _, path = name.partition("/")
-        target = self.components[component].get_parameter(path)
-        return [(m._parameters, k) for m in self.components[component].modules() for k, p in m._parameters.items() if p is target]
+        return self._slots[name]
 
     @torch.no_grad()
     def apply(self, delta: Delta, strength: float = 1.0) -> None:

@@ -28,7 +28,7 @@ class Piece(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, base: Under) -> Tensor:
-        return base(x) + base.map(x, self.change().delta(base.module.weight))
+        return base(x) + base.map(x, self.change().delta(base.weight))
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class Under:
     module: nn.Module
     call: Callable[..., Tensor]
     bare: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """As the module stores it."""
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
 
     @property
     def transposed(self) -> bool:

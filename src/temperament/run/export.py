@@ -12,37 +12,36 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from temperament.bases.load import Base, load, locate
+import torch
+
+from temperament.bases.load import Base, load
 from temperament.delta import Delta, LowRank, between
-from temperament.errors import UserError
+from temperament.delta.certificate import certify
+from temperament.delta.peft_format import read_peft
+from temperament.delta.peft_write import write_peft
+from temperament.errors import UserError, WorkFailed
+from temperament.nn import draws
 from temperament.run.artefacts import Folder
 from temperament.train.checkpoint import write_atomic
 
 
-def as_peft(delta: Delta) -> bool:
-    """Does PEFT know this change? Every change low-rank, nothing added."""
-    return bool(delta.changes) and not delta.additions and not delta.buffers and all(isinstance(c, LowRank) for c in delta.changes.values())
-
-
 def save_delta(delta: Delta, base: Base, folder: Path, base_id: str) -> str:
-    """The run's `delta/`: in PEFT layout where PEFT knows the method, and always as our own, bound to the base's sha256."""
-    from temperament.delta import peft_format
-
-    shutil.rmtree(folder, ignore_errors=True)
+    """The run's `delta/`: in PEFT layout where PEFT knows the method, else our own; both bound to the base's sha256."""
     if as_peft(delta):
-        peft_format.write(delta, folder, base_model=base_id)
+        write_peft(delta, folder, base=base.model, base_model=base_id, task_type="CAUSAL_LM", overwrite=True)
         return "peft"
     delta.save(folder, overwrite=True)
     return "delta"
 
 
+def as_peft(delta: Delta) -> bool:
+    """Does PEFT know this change as an adapter? Every change low-rank, nothing added."""
+    return bool(delta.changes) and not delta.additions and not delta.buffers and all(isinstance(c, LowRank) for c in delta.changes.values())
+
+
 def read_folder(folder: Path) -> Delta:
     """A delta folder of ours, or a PEFT adapter."""
-    from temperament.delta import peft_format
-
-    if (folder / "adapter_config.json").exists():
-        return peft_format.read(folder)
-    return Delta.load(folder)
+    return read_peft(folder) if (folder / "adapter_config.json").exists() else Delta.load(folder)
 
 
 def delta_of(source: str, base: Base) -> Delta:
@@ -78,8 +77,6 @@ def export(run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "d
 
 def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dict[str, Any]:
     """Write base + delta to a new folder and certify it."""
-    from temperament.delta import peft_format
-
     if to.exists() and (to.is_file() or any(to.iterdir())):
         raise UserError("--to", str(to), "it exists and is not empty; name a new folder")
     if as_ == "delta":
@@ -88,7 +85,7 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
     if as_ == "adapter":
         if not as_peft(delta):
             raise UserError("--as", "adapter", "this change is not low-rank, so adapter loaders cannot hold it; use --as merged, or `temper extract` for a low-rank approximation")
-        peft_format.write(delta, to, base_model=base.id)
+        write_peft(delta, to, base=base.model, base_model=base.id, task_type="CAUSAL_LM")
         return certify_and_record(base, delta, to, as_)
     base.reset()
     base.apply(delta)
@@ -106,17 +103,26 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
 
 
 def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str, Any]:
-    """Reload from disk in a fresh process and compare with the live model; refuse to call it done when they differ."""
-    from temperament.delta.certificate import certify
-
+    """Reload from disk in a fresh process and compare with the live model; a difference is a failure, not a footnote."""
     base.reset()
     base.apply(delta)
     try:
-        certificate = certify(to, base.model, tokenizer=base.tokenizer, base=str(base.folder or base.id))
+        inputs = {"input_ids": draws.randint(base.model.config.vocab_size, 0, "certificate", 0, torch.arange(2)[:, None], torch.arange(24)[None])}
+        with torch.no_grad():
+            expected = base.model(**inputs).logits
+        whole = as_ == "merged"
+        certificate = certify(to, inputs, expected, base=None if whole else base.folder, live=base.model if whole else None,
+                              processor=base.tokenizer if whole else None, model_class=_auto_class(base))  # fmt: skip
     finally:
         base.reset()
     write_atomic(to / "certificate.json", json.dumps(certificate, indent=1))
+    if not certificate["passed"]:
+        raise WorkFailed(f"{to} was written, but reloaded in a fresh process it differs from the live model ({', '.join(certificate['failures'])}); do not use it.")
     return certificate
 
 
-__all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "locate", "read_folder", "save_delta"]
+def _auto_class(base: Base) -> str:
+    return {"encoder": "AutoModelForMaskedLM"}.get(next(iter(base.components)), "AutoModelForSeq2SeqLM" if base.model.config.is_encoder_decoder else "AutoModelForCausalLM")
+
+
+__all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "read_folder", "save_delta"]

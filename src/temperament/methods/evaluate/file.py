@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from temperament.engine.examples import Chat, Completion, Preference, Text
 from temperament.engine.measure import Question, System, TextSkill, content_key, likelihood
-from temperament.engine.holdout import held_out
-from temperament.engine.rows import read_rows
+from temperament.engine.rows import held_out, read_rows
 from temperament.errors import UserError
 from temperament.parts import part
 from temperament.protocols import Outcome
