@@ -165,7 +165,10 @@ def test_differentiable():
 DENSE = {"kind": "dense"}
 
 
-@pytest.mark.parametrize("config", [{"kind": "os"}, {}, DENSE | {"x": 1}, DENSE | {"scale": float("nan")}, DENSE | {"scale": "2"}])
+EDITED = [{"kind": "os"}, {}, DENSE | {"x": 1}, DENSE | {"scale": float("nan")}, DENSE | {"scale": "2"}]
+
+
+@pytest.mark.parametrize("config", EDITED)
 def test_an_edited_config_is_refused(config):
     with pytest.raises(UserError):
         Change.read(config, {"d": r(2, 2)})

@@ -95,8 +95,10 @@ def damage(path, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["truncated", "longer", "empty", "short", "length", "json", "pickle", "shape", "negative", "dtype", "offsets", "table"]
-    + ["missing"],
+    [
+        "truncated", "longer", "empty", "short", "length", "json", "pickle",
+        "shape", "negative", "dtype", "offsets", "table", "missing",
+    ],
 )
 def test_damage_is_refused(folder, how):
     path, _ = folder

@@ -6,6 +6,8 @@ from temperament.delta.combined import Masked, Rows, Sum
 from temperament.delta.delta import Addition, Delta, Lazy
 from temperament.delta.hash import identity
 from temperament.delta.on_weight import Multiplied, Renormalised, Replace, Transformed
+from temperament.delta.peft_format import read_peft
+from temperament.delta.peft_write import not_peft, write_peft
 from temperament.delta.stream import Checkpoint, open_source
 
 __all__ = [
@@ -28,5 +30,8 @@ __all__ = [
     "Transformed",
     "between",
     "identity",
+    "not_peft",
     "open_source",
+    "read_peft",
+    "write_peft",
 ]

@@ -219,16 +219,22 @@ class Delta:
 
         return replace(self, changes=renamed(self.changes), additions=renamed(self.additions), buffers=renamed(self.buffers))
 
+    def baked(self) -> Delta:
+        """The same delta at strength 1: the strength is in each change and addition."""
+        if self.strength == 1:
+            return self
+        additions = {n: replace(a, strength=a.strength * self.strength) for n, a in self.additions.items()}
+        changes, buffers = (_like(m, self.change, m) for m in (self.changes, self.buffers))
+        return replace(self, changes=changes, additions=additions, buffers=buffers, strength=1.0)
+
     def materialise(self, base: Mapping[str, Tensor] | None = None) -> Delta:
-        """Every change dense, at strength 1; what needs the weight reads `base`. Additions and buffers are kept as they are."""
+        """Every change dense, at strength 1; what needs the weight reads `base`. Additions and buffers are kept."""
 
         def dense(name: str) -> Dense:
             change = self.change(name)
             return Dense(change.delta(self._weight(base, name) if change.needs_weight else None))
 
-        additions = {n: replace(a, strength=a.strength * self.strength) for n, a in self.additions.items()}
-        changes, buffers = (_like(m, f, m) for m, f in ((self.changes, dense), (self.buffers, self.change)))
-        return replace(self, changes=changes, additions=additions, buffers=buffers, strength=1.0)
+        return replace(self.baked(), changes=_like(self.changes, dense, self.changes))
 
     # -- use ------------------------------------------------------------------------------------------------------------
 
@@ -264,8 +270,9 @@ class Delta:
 
     @staticmethod
     def load(folder, lazy: bool = False) -> Delta:
-        """Read what `save` wrote; every tensor is checked against its recorded sha256 (a lazy one when it is read)."""
+        """Read what `save` wrote, or a PEFT adapter directory. Tensors are checked against their sha256 (lazy: on access)."""
+        from temperament.delta.peft_format import is_peft, read_peft
         from temperament.delta.store import load
 
-        return load(folder, lazy)
+        return read_peft(folder) if is_peft(folder) else load(folder, lazy)
 
