@@ -35,7 +35,7 @@ from temperament.errors import UserError, nearest
 
 METHODS = Path(__file__).parent / "methods"
 _DECLARED = re.compile(r'^@part\(\s*"([a-z0-9_.]+)"', re.M)
-_FULL = re.compile(r'^@part\(\s*"([a-z0-9_.]+)"(.*?)\)\s*\n(?:@.*\n)*class\s+(\w+)', re.M | re.S)
+_FULL = re.compile(r'^@part\(\s*"([a-z0-9_.]+)"([^@]*?)\)[ \t]*\n(?:@[^\n]*\n)*class\s+(\w+)', re.M)
 
 
 @dataclass(frozen=True)
