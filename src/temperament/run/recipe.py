@@ -32,7 +32,7 @@ LIMIT = 1 << 20  # bytes of a recipe file
 
 
 def _part(spec: Any, slot: type):
-    return field(default_factory=lambda: build(spec, slot))
+    return field(default_factory=lambda: [build(s, slot) for s in spec] if isinstance(spec, list) else build(spec, slot))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,8 @@ class LoRA:
     At the start the model is the base, bit for bit; merged, it has the base's shape. Targets are any linear map, GPT-2's Conv1D,
     convolutions and embeddings. Written in PEFT's layout. Source: Hu et al. 2022; rank-stabilised scale: Kalajdzievski 2023.
     """
+
+    rate_factor: ClassVar = 10.0  # usual rate over full fine-tuning's
 
     rank: int = 16  # width of the product
     alpha: float | None = None  # strength; default: 2 * rank

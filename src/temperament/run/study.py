@@ -1,0 +1,73 @@
+"""Studies: many runs under one protocol, cached and resumable. A study plans recipes and reads what the runs left.
+
+    OUT/runs/ARM-seed0/...   each a whole run      OUT/study.json, OUT/report.html
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from temperament.errors import UserError
+from temperament.run.artefacts import Folder, address
+from temperament.run.recipe import Recipe
+from temperament.run.tune import tune
+from temperament.train.checkpoint import write_atomic
+
+
+def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
+    """Run what the study plans, each in a folder named by its address; finished runs are taken as they are. Returns the finding."""
+    from temperament.bases.load import load
+
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "runs").is_dir():
+        raise UserError("--out", str(out), "the folder holds other files; name a new one")
+    base, done, left = load(recipe.base, dtype=recipe.precision.master), {}, {}
+    for number, (where, planned) in enumerate(study.plan(recipe, done)):
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None)) + "-" + address(planned.plain())[:8]
+        tell("arm", name=where[0], where=where, number=number)
+        folder = out / "runs" / name
+        stored = Folder(folder).run()
+        if stored.get("status") == "done":
+            left[where], done[where] = stored, summary(stored)
+            continue
+        # A study reads the ledger; dial and diagnosis are made once, of what it chose.
+        lean = replace(planned, evaluation=replace(planned.evaluation, dial=None, diagnose=[]), check=planned.check and not done)
+        run = tune(lean, folder, resume=bool(stored), base=base, tell=tell)
+        left[where], done[where] = run.json, summary(run.json)
+        tell("arm-done", where=where, **done[where])
+    finding = study.read(done) | {"base": {"id": recipe.base, "sha256": dict(base.sha256)}, "runs": {"/".join(map(str, w)): summary(j) for w, j in left.items()}}
+    write_atomic(out / "study.json", json.dumps(finding, indent=1, default=str))
+    return finding
+
+
+def summary(run: dict[str, Any]) -> dict[str, Any]:
+    """A run in the numbers a study compares: points are percentage points, losses positive when something was lost."""
+    skills = run["ledger"]["skills"]
+    mean = lambda rows, key: sum(r[key] for r in rows) / len(rows) if rows else None
+    targets = [s for s in skills if s["role"] == "target" and s["change"] is not None]
+    retained = [s for s in skills if s["role"] == "retained" and s["change"] is not None and s["unit"] == "points"]
+    near = [s for s in retained if s.get("distance") == "near"]
+    graded = [s for s in skills if s["role"] == "retained" and s.get("nll")]
+    diverged = [s for s in skills if s["role"] == "retained" and s.get("kl")]
+    trained = [s for s in run["steps"] if s["kind"] == "train"]
+    points = lambda v: None if v is None else 100 * v
+    return {
+        "target": mean(targets, "after"),
+        "gain": points(mean(targets, "change")),
+        "retained": mean(retained, "after"),
+        "loss": -points(mean(retained, "change")) if retained else None,
+        "near_loss": -points(mean(near, "change")) if near else None,
+        "nll": sum(s["nll"]["change"] for s in graded) / len(graded) if graded else None,
+        "kl": sum(s["kl"]["after"] for s in diverged) / len(diverged) if diverged else None,
+        "reached": all(s.get("stopped") for s in trained) if trained else True,
+        "steps": sum(s.get("steps", 0) for s in trained),
+        "seconds": run["cost"]["seconds"],
+        "parameters": run.get("delta", {}).get("parameters"),
+        "digest": run.get("delta", {}).get("digest"),
+        "skills": {s["name"]: {"role": s["role"], "distance": s.get("distance"), "before": s["before"], "after": s["after"]} for s in skills},
+    }
