@@ -9,13 +9,14 @@ Packed rows need positions that restart and attention that ends at each document
 architectures (and versions of transformers), so it is measured, once for each model, on a tiny row of two documents: the
 second must not change when the first does, and must say what it says alone.
 
-A *view* is anything callable like the module that can be made current: a `module` attribute and `active()`, a re-entrant
-context manager. An `nn.Module` is the trivial view.
+A *view* is anything callable like the module that can be made current: a `module` attribute and `active()`, a context
+manager (a new one each time). An `nn.Module` is the trivial view.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,8 +60,24 @@ def module_of(model: Model) -> nn.Module:
 
 
 def active(model: Model) -> AbstractContextManager:
-    """The context in which this version is the current one."""
-    return nullcontext() if isinstance(model, nn.Module) or not hasattr(model, "active") else model.active()
+    """The context in which this version is the current one; entering the current one again does nothing."""
+    if isinstance(model, nn.Module) or not hasattr(model, "active") or getattr(_current, "view", None) is model:
+        return nullcontext()
+    return _activated(model)
+
+
+_current = threading.local()  # a backward may recompute in a thread of its own
+
+
+@contextmanager
+def _activated(view: View) -> Iterator[None]:
+    before = getattr(_current, "view", None)
+    with view.active():
+        _current.view = view
+        try:
+            yield
+        finally:
+            _current.view = before
 
 
 def head_of(model: Model) -> nn.Module | None:
@@ -200,7 +217,7 @@ def _measure_packing(model: Model) -> Packing:
     if not takes(model, "position_ids"):
         return Packing(None, reason="its forward takes no position_ids")
     module, device = module_of(model), device_of(model)
-    plain = _ordinary_ids(module)
+    plain = ordinary_ids(module)
     ids = torch.tensor([plain[:8]], device=device)
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]], device=device)
     other_first, other_own = ids.clone(), ids.clone()
@@ -214,7 +231,8 @@ def _measure_packing(model: Model) -> Packing:
     reason = ""
     with measuring(module), active(model):
         alone = call(**inputs(model, batch(ids[:, 4:], torch.zeros_like(segments[:, 4:]))))
-        tolerance = 64 * torch.finfo(dtype_of(model)).eps * float(alone.abs().max())
+        eps = max(torch.finfo(dtype_of(model)).eps, torch.finfo(torch.float32).eps)  # norms compute in fp32 everywhere
+        tolerance = (64 if eps < 1e-5 else 8) * eps * float(alone.abs().max())
         for how in candidates:
             try:
                 rows = (_packed_inputs(model, batch(x, segments), how) for x in (ids, other_first, other_own))
@@ -230,7 +248,7 @@ def _measure_packing(model: Model) -> Packing:
     return Packing(None, reason=reason)
 
 
-def _ordinary_ids(module: nn.Module) -> list[int]:
+def ordinary_ids(module: nn.Module) -> list[int]:
     """Thirteen unequal token ids that no part of the config calls special (cycled if the vocabulary is that small)."""
     special: set[int] = set()
     for c in (module.config, module.config.get_text_config()):
@@ -243,13 +261,19 @@ def _ordinary_ids(module: nn.Module) -> list[int]:
 
 
 @contextmanager
-def measuring(module: nn.Module) -> Iterator[None]:
-    """No gradient, no dropout; every module's mode as it was afterwards."""
-    modes = [m for m in module.modules() if m.training]
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout; every submodule's mode as it was afterwards."""
+    training = [m for m in module.modules() if m.training]
     try:
-        module.eval()
-        with torch.no_grad():
-            yield
+        for m in training:
+            m.training = False
+        yield
     finally:
-        for m in modes:
+        for m in training:
             m.training = True
+
+
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    with evaluating(module), torch.no_grad():
+        yield

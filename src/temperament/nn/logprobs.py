@@ -176,7 +176,7 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     at = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, at, right=True)[:, 0]
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp_(max=probs.shape[-1] - 1)  # not a number stays in range
 
 
 def _finite(logp: Tensor) -> Tensor:
