@@ -40,6 +40,13 @@ class Encoded:
         return float(sum(self.weights))
 
     @property
+    def split(self) -> tuple[list[int], list[int]]:
+        """(ids before the first trained token, ids from it to the last trained one): a question and its expected answer with
+        its end token, as generation would be asked and as it should answer."""
+        at = [t for t, w in enumerate(self.weights) if w > 0]
+        return (self.ids[: at[0]], self.ids[at[0] : at[-1] + 1]) if at else (self.ids, [])
+
+    @property
     def sides(self) -> tuple[Encoded, ...]:
         return (self,)
 

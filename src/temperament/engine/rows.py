@@ -125,6 +125,18 @@ def read_rows(
     return Rows(tuple(examples), shape, tuple(sorted(found)), tuple(bad), tuple(notes))
 
 
+def fingerprint(source: str | Path) -> str:
+    """sha256 of the content of a file, or of all files of a folder in the order of their names; of a hub id, of the id."""
+    path, sha = Path(source).expanduser(), hashlib.sha256()
+    if not path.exists():
+        return hashlib.sha256(str(source).encode()).hexdigest()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        sha.update(f"{file.relative_to(path.parent).as_posix()}\n".encode())
+        with file.open("rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()
+
+
 def held_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
     """(rows to train on, rows kept out of it), each in file order. share: below 1 a share, else a number of rows; 0: none.
 

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from temperament.engine.examples import Captioned, Origin
+from temperament.engine.rows import BadRow, Rows, fingerprint, read_rows
+from temperament.errors import UserError
+from temperament.parts import part
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+@part("data.folder_images", modalities=("image",))
+@dataclass(frozen=True)
+class FolderImages:
+    """Images of a folder with their captions: `metadata.jsonl` (or .csv) with `file_name` and `text`, or a .txt beside each.
+
+    Every image is opened and checked before anything is trained: one that is missing, damaged, too small, or lies outside
+    of the folder is named with its line. The images themselves are loaded when a batch needs them.
+    """
+
+    path: str  # the folder
+    on_bad: Literal["stop", "skip"] = "stop"  # what to do about images or captions that cannot be used
+    limit: int | None = None  # images read at most
+    smallest: int = 8  # pixels an image must have on its shorter side
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.path)
+
+    def read(self) -> Rows:
+        """Captioned examples whose `image` is the absolute path of a file that opens."""
+        try:
+            from PIL import Image
+        except ImportError:
+            raise UserError("data.folder_images", self.path, "it needs Pillow; pip install 'temperament[diffusion]'") from None
+        folder = Path(self.path).expanduser().resolve()
+        if not folder.is_dir():
+            raise UserError("data.folder_images.path", self.path, "no such folder")
+        table = next((folder / n for n in ("metadata.jsonl", "metadata.csv") if (folder / n).is_file()), None)
+        rows = read_rows(table, on_bad=self.on_bad, limit=self.limit, shape="captioned") if table else self._beside(folder)
+        good, bad = [], list(rows.bad)
+        for example in rows:
+            if not isinstance(example.image, str):
+                bad.append(BadRow(example.origin, "file_name is not a path"))
+                continue
+            file = (folder / example.image).resolve()
+            if why := self._wrong(folder, file, Image):
+                bad.append(BadRow(example.origin, f"{example.image}: {why}"))
+            else:
+                good.append(replace(example, image=str(file)))
+        if bad and (self.on_bad == "stop" or not good):
+            mend = f"{bad[0].reason} ({len(bad)} of {len(rows) + len(rows.bad)} rows bad); mend it, or say on_bad: skip"
+            raise UserError(str(bad[0].origin), "an image that cannot be used", mend)
+        named = {e.image for e in good} | {str((folder / e.image).resolve()) for e in rows if isinstance(e.image, str)}
+        unnamed = sorted(str(p.relative_to(folder)) for p in _images(folder) if str(p.resolve()) not in named)
+        notes = [f"{len(unnamed)} images have no caption and are not used, e.g. {unnamed[0]}"] if unnamed else []
+        return Rows(tuple(good), "captioned", rows.columns, tuple(bad), (*rows.notes, *notes))
+
+    def _wrong(self, folder: Path, file: Path, Image) -> str | None:
+        if not file.is_relative_to(folder):
+            return "it lies outside of the folder"
+        if not file.is_file():
+            return "no such file"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file, formats=FORMATS) as image:
+                    image.verify()  # checksums; the file must then be opened anew
+                with Image.open(file, formats=FORMATS) as image:
+                    image.load()
+                    if min(image.size) < self.smallest:
+                        return f"it is {image.size[0]} x {image.size[1]} pixels, and {self.smallest} are needed"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+            return f"it cannot be opened ({str(e)[:80] or type(e).__name__})"
+        return None
+
+    def _beside(self, folder: Path) -> Rows:
+        """image.png with image.txt."""
+        good, bad = [], []
+        for n, image in enumerate(_images(folder)[: self.limit]):
+            caption, origin = image.with_suffix(".txt"), Origin(str(image), n + 1, "image")
+            try:
+                text = caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else ""
+            except (OSError, UnicodeDecodeError):
+                text = ""
+            if text:
+                good.append(Captioned(str(image.relative_to(folder)), text, origin=origin))
+            else:
+                bad.append(BadRow(origin, f"its caption {caption.name} is missing, empty or not UTF-8"))
+        if not good and not bad:
+            raise UserError("data.folder_images.path", self.path, f"the folder holds no images ({', '.join(IMAGES)})")
+        return Rows(tuple(good), "captioned", ("image", "text"), tuple(bad))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
