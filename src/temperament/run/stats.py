@@ -1,9 +1,9 @@
 """Intervals and power for paired comparisons: small, deterministic, right at the edges. numpy only.
 
-    bounded measure (0/1 scores, shares)    score_interval      Tango's interval for pairs, Wilson's for one sample
-    unbounded measure (NLL, KL, reward)     bootstrap_interval  studentised bootstrap of the mean, draws by address
-    set-level metric (FID-like, diversity)  percentile over `resamples`, the same items redrawn before and after
-    mean of several skills                  mover               square-and-add of the skills' own intervals
+bounded measure (0/1 scores, shares)    score_interval      Tango's interval for pairs, Wilson's for one sample
+unbounded measure (NLL, KL, reward)     bootstrap_interval  studentised bootstrap of the mean, draws by address
+set-level metric (FID-like, diversity)  percentile over `resamples`, the same items redrawn before and after
+mean of several skills                  mover               square-and-add of the skills' own intervals
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def score_interval(values: Sequence[float], low: float, high: float, level: floa
         return n * (mean - m) ** 2 <= z2 * (p @ (x - m) ** 2 + (1 - p.sum()) * (edge - m) ** 2)
 
     def reach(edge: float) -> float:
-        if edge == mean:
+        if abs(edge - mean) < 1e-12 * (high - low):
             return edge
         steepest = -1.0 / (edge - mean) * (1 - 1e-12)
         end = x[-1] if edge > mean else x[0]
@@ -118,7 +118,7 @@ def mover(parts: Sequence[tuple[float, Interval]]) -> tuple[float, Interval]:
 def chance_seen(n: int, loss: float, churn: float = 0.0, level: float = LEVEL) -> float:
     """Chance that n paired 0/1 items show a true `loss` (its interval excludes zero), when a share `churn` flips the other way.
 
-        lost ~ (churn + loss),  gained ~ churn  (a trinomial);  seen: lost - gained > z sqrt(lost + gained)   (McNemar)
+    lost ~ (churn + loss),  gained ~ churn  (a trinomial);  seen: lost - gained > z sqrt(lost + gained)   (McNemar)
     """
     if loss <= 0 or loss + 2 * churn > 1:
         return 0.0 if loss <= 0 else 1.0

@@ -19,7 +19,7 @@ def verdict(changes: Sequence[Change]) -> str:
     said = []
     for mood, start in (("gained", "Gained"), ("lost", "Lost on the target")):
         if found := sorted((c for c in target if c.seen == mood), key=_size):
-            said.append(f"{start} {_list([_moved(c) for c in found])}.")
+            said.append(f"{start} {_list([_moved(c, i == 0) for i, c in enumerate(found)])}.")
     if unseen := [c for c in target if c.seen == "none"]:
         tails = [f"`{c.name}` ({_span(c)}{_unseen_gain(c)})" for c in unseen]
         said.append(f"No gain seen on {_list(tails)}.")
@@ -27,9 +27,9 @@ def verdict(changes: Sequence[Change]) -> str:
         ends = _list([f"`{c.name}` ends at {level(c.after, c.unit)}" for c in fresh])
         said.append(f"The base has no score to compare with: {ends}.")
     if lost := sorted((c for c in others if c.seen == "lost"), key=_size):
-        said.append(f"Lost {_list([_moved(c) for c in lost])}.")
+        said.append(f"Lost {_list([_moved(c, i == 0) for i, c in enumerate(lost)])}.")
     if gained := sorted((c for c in others if c.seen == "gained"), key=_size):
-        said.append(f"Also better: {_list([f'`{c.name}` ({_span(c)})' for c in gained])}.")
+        said.append(f"Also better: {_list([f'`{c.name}` ({_span(c, i == 0)})' for i, c in enumerate(gained)])}.")
     quiet = [c for c in others if c.seen == "none"]
     if sharp := [c for c in quiet if not c.blind]:
         words = f"Nothing {'else ' if lost else ''}seen lost on {_list([f'`{c.name}`' for c in sharp], most=4)}"
@@ -78,10 +78,10 @@ def _round(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 1 or abs(x) < 0.05 else f"{x:.1f}"
 
 
-def _span(c: Change) -> str:
+def _span(c: Change, interval: bool = True) -> str:
     scale = 100 if c.unit == "points" else 1
     ci = ""
-    if c.ci95 is not None:
+    if interval and c.ci95 is not None:
         low, high = (f"{_signed(scale * v)}" if c.unit == "points" else f"{v:+.2g}" for v in c.ci95)
         ci = f", 95 % interval {low} to {high}"
     start = f"floor {level(c.before, c.unit)}" if c.floor else level(c.before, c.unit)
@@ -92,8 +92,8 @@ def _signed(x: float) -> str:
     return ("+" if x >= 0 else "-") + _round(abs(x))
 
 
-def _moved(c: Change) -> str:
-    return f"{amount(abs(c.change), c.unit)} on `{c.name}` ({_span(c)})"
+def _moved(c: Change, interval: bool = True) -> str:
+    return f"{amount(abs(c.change), c.unit)} on `{c.name}` ({_span(c, interval)})"
 
 
 def _unseen_gain(c: Change) -> str:
@@ -105,6 +105,7 @@ def _size(c: Change) -> tuple[bool, float]:
 
 
 def _list(words: Sequence[str], most: int = 3) -> str:
+    most = most if len(words) > most + 1 else len(words)  # "and 1 more" says less than its name
     shown = list(words[:most])
     if len(words) > most:
         shown.append(f"{len(words) - most} more")

@@ -1,0 +1,211 @@
+"""The sections that draw: curves while training, the dial, the comparison of methods. Same rule: no data, None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from temperament.report import show, svg
+from temperament.report.show import is_number
+from temperament.report.svg import Series
+
+AXES = ("step", "stage", "skills", "terms", "seconds", "epoch", "time", "event", "tokens", "examples", "rows")
+FIRST = ("reward", "kl", "accuracy", "margin", "entropy", "lr", "grad_norm", "tokens_per_second", "tokens/s")
+NAMES = {"lr": "learning rate", "kl": "KL", "grad_norm": "gradient norm"}
+ROUGH = 40  # a rough curve with more points than this is shown with a running mean on top
+
+
+def curves(log: Any, most: int = 14) -> dict[str, Any] | None:
+    """Small multiples: the loss with its terms, the skills measured on the way, then one plane for every other number logged."""
+    rows = [r for r in log or [] if isinstance(r, Mapping)]
+    if len(rows) < 2:
+        return None
+    steps = [r["step"] if is_number(r.get("step")) else i for i, r in enumerate(rows)]
+    if any(b < a for a, b in zip(steps, steps[1:], strict=False)):  # each stage counts from zero: lay them end to end
+        steps = list(range(len(rows)))
+    stages, last = [], None
+    for at, r in zip(steps, rows, strict=True):
+        if r.get("stage") is not None and r["stage"] != last:
+            last = r["stage"]
+            stages.append((at, str(last)[:18]))
+    stages = stages if len(stages) > 1 else []
+    nested: dict[str, dict[str, tuple[list, list]]] = {"terms": {}, "skills": {}}
+    plain: dict[str, tuple[list, list]] = {}
+    for at, r in zip(steps, rows, strict=True):
+        for key, value in r.items():
+            if key in nested and isinstance(value, Mapping):
+                for name, v in value.items():
+                    if is_number(v):
+                        _push(nested[key], name, at, v)
+            elif is_number(value) and key not in AXES:
+                _push(plain, key, at, value)
+    charts = []
+    if "loss" in plain:
+        parts = [Series("loss", *plain.pop("loss"))] + [
+            Series(n, *v) for n, v in nested["terms"].items() if len(nested["terms"]) > 1
+        ]
+        charts.append(_chart("Loss" + (" and its terms" if len(parts) > 1 else ""), parts, stages))
+    if nested["skills"]:
+        parts = [Series(n, *v) for n, v in nested["skills"].items()][:8]
+        share = all(0 <= y <= 1 for s in parts for y in s.y)
+        charts.insert(
+            0,
+            _chart("Skills while training, %" if share else "Skills while training", parts, stages, percent=share, share=share),
+        )
+    names = sorted(plain, key=lambda k: next((i for i, f in enumerate(FIRST) if k.startswith(f)), len(FIRST)))
+    for name in names[: most - len(charts)]:
+        charts.append(_chart(NAMES.get(name, name.replace("_", " ")), [Series(name, *plain[name])], stages))
+    return {"charts": charts, "left": max(0, len(names) - (most - 2)), "steps": len(rows)} if charts else None
+
+
+def _push(into: dict[str, tuple[list, list]], name: str, x: float, y: float) -> None:
+    xs, ys = into.setdefault(name, ([], []))
+    xs.append(x)
+    ys.append(y)
+
+
+def _rough(y: list) -> bool:
+    return len(y) > ROUGH and sum(abs(b - a) for a, b in zip(y, y[1:], strict=False)) > 3 * (max(y) - min(y)) > 0
+
+
+def _chart(title: str, parts: list[Series], stages: list, percent: bool = False, share: bool = False) -> dict[str, Any]:
+    drawn = list(parts)
+    if len(parts) == 1 and _rough(parts[0].y):  # faint, with its running mean on top
+        s, width = parts[0], max(3, len(parts[0].y) // 40)
+        total, mean = 0.0, []
+        for i, y in enumerate(s.y):
+            total += y - (s.y[i - width] if i >= width else 0.0)
+            mean.append(total / min(i + 1, width))
+        drawn = [Series(s.name, s.x, s.y, "s0 faint"), Series(f"{s.name}, mean of {width}", s.x, mean, "s0 smooth")]
+    ends = ", ".join(f"{s.name} from {show.digits(s.y[0])} to {show.digits(s.y[-1])}" for s in parts)
+    chart = svg.lines(
+        drawn,
+        f"{title}: {ends}",
+        percent=percent,
+        y_range=(-0.02, 1.04) if share else None,
+        stages=stages,
+        width=300,
+        height=180,
+    )
+    legend = [
+        {"name": s.name, "style": f"s{i % 8}", "last": show.level(s.y[-1]) if percent else show.digits(s.y[-1])}
+        for i, s in enumerate(parts)
+    ]
+    return {"title": title, "chart": chart, "legend": legend}
+
+
+def dial(d: Any) -> dict[str, Any] | None:
+    """Strength swept: target and retained as levels or changes, the best point within the budget, every point for the slider."""
+    points = [p for p in (d or {}).get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]
+    points = sorted(
+        (p for p in points if is_number(p.get("target")) or is_number(p.get("retained"))), key=lambda p: p["strength"]
+    )
+    if len(points) < 2:
+        return None
+    lines = []
+    for key in ("target", "retained"):
+        found = [p for p in points if is_number(p.get(key))]
+        lines.append(Series(key, [p["strength"] for p in found], [p[key] for p in found]) if found else None)
+    names = list(dict.fromkeys(n for p in points for n in (p.get("skills") or {})))[:24]
+    thin = []
+    for name in names:
+        found = [p for p in points if is_number((p.get("skills") or {}).get(name))]
+        if len(found) > 1:
+            thin.append(Series(name, [p["strength"] for p in found], [p["skills"][name] for p in found], "s7 faint"))
+    best = d.get("best") if isinstance(d.get("best"), Mapping) and is_number((d.get("best") or {}).get("strength")) else None
+    bar = (best["strength"], f"best {show.digits(best['strength'])}") if best else None
+    series = [s for s in lines if s] + thin
+    levels = all(-1e-9 <= y <= 1 + 1e-9 for s in series for y in s.y)
+    label = "; ".join(
+        f"{s.name} " + ", ".join(f"{show.digits(x)}: {show.level(y)}" for x, y in zip(s.x, s.y, strict=True))
+        for s in lines
+        if s
+    )
+    chart = svg.lines(
+        series,
+        f"The dial. {label}",
+        percent=True,
+        y_range=(-0.02, 1.04) if levels else None,
+        x_label="strength",
+        bar=bar,
+        width=460,
+        height=250,
+    )
+    start, end = points[0], points[-1]
+    full = next((p for p in points if abs(p["strength"] - 1) < 1e-9), end)
+    rows = [{
+        "strength": show.digits(p["strength"]), "target": show.level(p.get("target")), "retained": show.level(p.get("retained")),
+        "moved": show.signed(p["retained"] - start["retained"]) if is_number(p.get("retained")) and is_number(start.get("retained")) else "–",
+        "best": bool(best) and abs(p["strength"] - best["strength"]) < 1e-9,
+    } for p in points]  # fmt: skip
+    return {
+        "chart": chart,
+        "rows": rows,
+        "budget": d.get("budget"),
+        "best": best,
+        "said": _dial_words(d.get("budget"), best, start, full),
+        "thin": len(thin),
+    }
+
+
+def _dial_words(budget: Any, best: Mapping[str, Any] | None, start: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    limit = f" may lose at most {show.digits(budget)} points" if is_number(budget) else ""
+    if best is None:
+        return f"No strength keeps the retained skills within the budget: they{limit}." if limit else ""
+    lose = lambda p: (
+        show.signed(p["retained"] - start["retained"])
+        if is_number(p.get("retained")) and is_number(start.get("retained"))
+        else "–"
+    )
+    words = f"At strength {show.digits(best['strength'])} the target is at {show.level(best.get('target'))} and the retained skills change by {lose(best)} points"
+    if abs(best["strength"] - full["strength"]) > 1e-9:
+        words += f"; at full strength it was {show.level(full.get('target'))} and {lose(full)}"
+    return words + (f". (They{limit}.)" if limit else ".")
+
+
+def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
+    """Several methods, several seeds: mean gain against mean loss, the front, and the same in a table."""
+    points = [
+        p
+        for p in (c or {}).get("points") or []
+        if isinstance(p, Mapping) and is_number(p.get("gain")) and is_number(p.get("loss"))
+    ][:most]
+    if not points:
+        return None
+    names = list(dict.fromkeys(str(p.get("method", "?")) for p in points))
+    methods = [(n, [(-p["loss"], p["gain"]) for p in points if str(p.get("method", "?")) == n]) for n in names]
+    mean = lambda n, key: (lambda v: sum(v) / len(v) if v else None)(
+        [p[key] for p in points if str(p.get("method", "?")) == n and is_number(p.get(key))]
+    )
+    edge = set(svg.front([(-mean(n, "loss"), mean(n, "gain")) for n in names]))
+    rows = []
+    for i, n in enumerate(names):
+        got, lost = ([p[k] for p in points if str(p.get("method", "?")) == n] for k in ("gain", "loss"))
+        span = lambda v: f"{show.signed(min(v))} to {show.signed(max(v))}" if len(v) > 1 else ""
+        rows.append({
+            "name": n, "style": f"s{i % 8}", "seeds": len(got), "gain": show.signed(mean(n, "gain")), "gains": span(got),
+            "loss": show.signed(-mean(n, "loss")), "losses": span([-v for v in lost]), "front": (-mean(n, "loss"), mean(n, "gain")) in edge,
+            "seconds": show.duration(mean(n, "seconds")), "peak": show.size(mean(n, "peak_bytes")), "parameters": show.brief(mean(n, "parameters")),
+            "shape": svg.drawing([svg.marker("", 8, 8, f"method s{i % 8}", svg.SHAPES[i % len(svg.SHAPES)])], "", 16, 16),
+        })  # fmt: skip
+    extra = [k for k in ("seconds", "peak", "parameters") if any(r[k] != "–" for r in rows)]
+    label = "Gain against loss. " + "; ".join(f"{r['name']}: {r['gain']} gained, {r['loss']} retained" for r in rows)
+    return {
+        "chart": svg.pareto(methods, label),
+        "rows": rows,
+        "note": c.get("note"),
+        "extra": extra,
+        "said": _compare_words(rows, mean),
+    }
+
+
+def _compare_words(rows: list[dict[str, Any]], mean: Any) -> str:
+    """For a comparison that brings no verdict of its own: who gained most, who lost least."""
+    if len(rows) < 2:
+        return ""
+    most = max(rows, key=lambda r: mean(r["name"], "gain"))
+    least = min(rows, key=lambda r: mean(r["name"], "loss"))
+    tell = lambda r: f"{r['gain']} points on the target, {r['loss']} on what it knew"
+    if most is least:
+        return f"`{most['name']}` gained most and lost least: {tell(most)}."
+    return f"`{most['name']}` gained most: {tell(most)}. `{least['name']}` lost least: {tell(least)}."

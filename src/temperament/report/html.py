@@ -1,0 +1,138 @@
+"""report.html: one self-contained file that opens offline, light and dark, on a phone and on paper, always under 3 MB.
+
+    render(run, out)        run = the contents of run.json, and whatever of these there is:
+
+    log          [{"step", "loss", "terms": {name: x}, "skills": {name: 0..1}, "stage", "lr", "grad_norm", any other number}]
+    items        {skill: [{"id", "prompt", "expected", "before", "after", "status": kept|gained|lost|missed}]}
+    dial         {"points": [{"strength", "target", "retained", "skills": {name: level}}], "best": {...}, "budget": points}
+    compare      {"points": [{"method", "seed", "gain", "loss" (shares, loss >= 0), "seconds", "peak_bytes", "parameters"}], "note"}
+    weights      {"cells": [{"layer", "kind", "relative", "rank", "intruders"}]}
+    plan         {"predicted": {"peak_bytes", "seconds", "disk_bytes"}, "actual": {...}, "floor": {...}}; actual also from "cost"
+    images       {"items": [{"prompt", "before": data URI, "after": data URI, "status"}]}
+    recipe       the resolved YAML as text;   certificate, environment: mappings;   exceptions: list of sentences
+
+A missing part does not appear. Everything in a run is hostile input (completions!): escaped by the template engine, made visible by
+`show.clean`, and fenced by a content policy under which only this page's own script, by hash, may run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from temperament.report import charts, extras, items, show, views
+
+LIMIT = 2_900_000  # bytes of page; the promise is 3 MB
+ITEM_BYTES, ITEM_COUNT, IMAGE_BYTES = 1_300_000, 900, 900_000
+
+
+def render(run: Mapping[str, Any], out: Path | str) -> Path:
+    """Write the report of one run; `out` is the file. Written whole or not at all."""
+    out = Path(out)
+    page = html(run)
+    part = out.with_name(out.name + ".part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, out)
+    return out
+
+
+def html(run: Mapping[str, Any]) -> str:
+    """The page as text, with fewer items, pictures and words of recipe if it would pass the limit."""
+    run = show.clean(run)
+    for share in (1.0, 0.5, 0.2, 0.05, 0.0):
+        page = _page(run, share)
+        if len(page.encode()) < LIMIT:
+            break
+    return page
+
+
+def read_run(folder: Path | str) -> dict[str, Any]:
+    """A run folder's data: run.json, log.jsonl, recipe.yaml, and `items dial compare weights images`.json where they are there."""
+    folder = Path(folder)
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    for name in ("items", "dial", "compare", "weights", "images"):
+        if (path := folder / f"{name}.json").exists():
+            run.setdefault(name, json.loads(path.read_text("utf-8")))
+    if (path := folder / "log.jsonl").exists():
+        run.setdefault("log", list(_lines(path)))
+    if (path := folder / "recipe.yaml").exists():
+        run.setdefault("recipe", path.read_text("utf-8"))
+    return run
+
+
+def _lines(path: Path):
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:  # the last line of a killed run may be half a line
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _page(run: Mapping[str, Any], share: float) -> str:
+    ledger = run.get("ledger") if isinstance(run.get("ledger"), Mapping) else {}
+    found = run.get("items") if isinstance(run.get("items"), Mapping) else {}
+    rows = {str(k): [i for i in v if isinstance(i, Mapping)] for k, v in found.items() if isinstance(v, list)}
+    picked = items.pick(rows, int(ITEM_BYTES * share), int(ITEM_COUNT * share)) if any(rows.values()) else None
+    base = run.get("base") if isinstance(run.get("base"), Mapping) else {}
+    steps = [s for s in run.get("steps") or [] if isinstance(s, Mapping)]
+    compared = charts.compare(run.get("compare"))
+    said = run.get("verdict") or ledger.get("verdict") or (compared or {}).get("said")
+    style, script = stylesheet() + _asset("style.css"), _asset("report.js")
+    sections = {
+        "compare": compared,
+        "skills": views.skills(ledger),
+        "matrix": views.matrix(ledger.get("matrix")),
+        "curves": charts.curves(run.get("log")),
+        "dial": charts.dial(run.get("dial")),
+        "images": extras.images(run.get("images"), int(IMAGE_BYTES * share)),
+        "items": picked if picked and picked.items else None,
+        "weights": extras.weights(run.get("weights")),
+        "plan": extras.plan(run),
+        "steps": [extras.pairs(s, most=14) for s in steps][:60] if share else [],
+        "recipe": show.clip(run["recipe"], int(120_000 * max(share, 0.02))) if run.get("recipe") else None,
+        "certificate": extras.pairs(run.get("certificate")),
+        "environment": extras.pairs(run.get("environment")),
+    }
+    return _template().render(
+        title=show.clip(run.get("name") or base.get("id") or "a run", 80),
+        status=str(run.get("status") or ""), error=show.clip(run.get("error"), 600) if run.get("error") else "",
+        verdict=views.sentences(show.clip(said, 3000)), headline=views.headline(ledger),
+        facts=extras.facts(run), exceptions=[show.clip(e, 400) for e in run.get("exceptions") or []][:20],
+        differences=items.differences, show=show, style=Markup(style), script=Markup(script), policy=_policy(script), **sections,
+    )  # fmt: skip
+
+
+def _policy(script: str) -> str:
+    """Nothing may be loaded or run but the inline style and the one script with this hash."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def stylesheet() -> str:
+    """Colours, light and dark (by the system, or set by the reader), and the classes of the drawings."""
+    dark = _asset("dark.css")
+    by_system = f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{\n{dark}}} }}\n"
+    return _asset("colours.css") + f"@media screen {{ {by_system}:root[data-theme=dark] {{\n{dark}}} }}\n" + _asset("chart.css")
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("temperament.report").joinpath("templates", name).read_text("utf-8")
+
+
+@cache
+def _template():
+    environment = Environment(
+        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html")

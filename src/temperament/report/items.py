@@ -1,0 +1,82 @@
+"""Which items a page can carry, and where two outputs differ.
+
+Every lost item comes first, then gained, then samples of the rest, taken in turns from each skill, until the budget is spent;
+what was left out is counted and said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from temperament.report.show import clip
+
+ORDER = ("lost", "gained", "kept", "missed", None)
+FIELDS = ("prompt", "expected", "before", "after")
+
+
+@dataclass(frozen=True)
+class Picked:
+    items: list[dict[str, Any]]
+    totals: dict[str, int]  # by status, of all items
+    shown: dict[str, int]
+
+    @property
+    def all(self) -> int:
+        return sum(self.totals.values())
+
+
+def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: int, text: int = 900) -> Picked:
+    """At most `most` items and `budget` bytes of page; long texts are clipped to `text` characters with a stated remainder."""
+    by_status: dict[Any, list[tuple[str, Mapping[str, Any]]]] = {s: [] for s in ORDER}
+    totals: dict[str, int] = {}
+    for state in ORDER:
+        queues = [[(skill, i) for i in rows if _status(i) == state] for skill, rows in items.items()]
+        for turn in range(max(map(len, queues), default=0)):
+            by_status[state] += [q[turn] for q in queues if turn < len(q)]
+        if by_status[state]:
+            totals[state or "measured"] = len(by_status[state])
+    left, chosen, shown = budget, [], {}
+    rooms = {"lost": 0.55, "gained": 0.5, "kept": 0.6, "missed": 1.0, None: 1.0}  # of what is left: every kind gets a place
+    for state in ORDER:
+        room, count = int(left * rooms[state]), int((most - len(chosen)) * rooms[state])
+        if sum(map(len, by_status.values())) <= most:
+            count = most
+        for skill, item in by_status[state]:
+            row = {"skill": skill, "status": state or "measured", "id": item.get("id", "")}
+            row |= {f: None if item.get(f) is None else clip(item[f], text) for f in FIELDS}
+            row |= {f: item.get(f) for f in ("score_before", "score_after")}
+            cost = 700 + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
+            if cost > room or count <= 0:
+                break
+            room, left, count = room - cost, left - cost, count - 1
+            chosen.append(row)
+            shown[row["status"]] = shown.get(row["status"], 0) + 1
+    return Picked(chosen, totals, shown)
+
+
+def _status(item: Mapping[str, Any]) -> str | None:
+    return item.get("status") if item.get("status") in ORDER else None
+
+
+def differences(before: str | None, after: str | None) -> tuple[Markup, Markup]:
+    """Both texts escaped, with the words only one of them has marked. Unlike texts are left unmarked: a page of marks says nothing."""
+    a, b = before or "", after or ""
+    if a == b or not a or not b or len(a) + len(b) > 1600:
+        return escape(a), escape(b)
+    x, y = (re.findall(r"\s+|\w+|[^\w\s]", t) for t in (a, b))
+    match = difflib.SequenceMatcher(None, x, y, autojunk=False)
+    if match.ratio() < 0.35:
+        return escape(a), escape(b)
+    left, right = Markup(), Markup()
+    for kind, i0, i1, j0, j1 in match.get_opcodes():
+        old, new = escape("".join(x[i0:i1])), escape("".join(y[j0:j1]))
+        same = kind == "equal"
+        left += old if same or not old else Markup("<del>%s</del>") % old
+        right += new if same or not new else Markup("<ins>%s</ins>") % new
+    return left, right
