@@ -17,19 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from temperament.errors import UserError
-
-
-class Address(NamedTuple):
-    """Where the random draws of this forward are addressed; with purpose, example id and position it names every number."""
-
-    seed: int
-    step: int
+from temperament.nn.draws import Address
 
 
 class Intervention:

@@ -15,7 +15,8 @@ logits at the first call, and where nothing fits the logits are made whole: `Sco
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from temperament.errors import UserError
 from temperament.nn import draws, forward
 from temperament.nn.batch import Tokens
+from temperament.nn.context import context, current
 from temperament.nn.forward import Model
 
 SMALL = 1 << 22  # logits (16 MiB in fp32) that are not worth a second pass through the head, however many rows
@@ -267,7 +269,7 @@ class _State:
 
 def _run(model: Model, tokens: Tokens, at: Tensor, given: Any, chunk: int, keep_graph: bool) -> _State:
     """One forward of the model, stopped before the head as far as there is more than one piece."""
-    with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()), forward.active(model):
+    with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()), forward.active(model), _addressed(tokens):
         kwargs = forward.inputs(model, tokens, given)
         index = at - forward.shift(model)
         vocabulary = forward.module_of(model).config.get_text_config().vocab_size
@@ -289,6 +291,12 @@ def _run(model: Model, tokens: Tokens, at: Tensor, given: Any, chunk: int, keep_
         if after is None:
             return _unstreamed(model, tokens, kwargs, index, straight, "it changes its logits in an unknown way")
         return _State(model, catch.rows, straight=False, after=after)
+
+
+def _addressed(tokens: Tokens) -> AbstractContextManager:
+    """Inside a training step every draw of a module is addressed by the example and position of its token."""
+    address = current().draws
+    return nullcontext() if address is None else context(draws=replace(address, examples=tokens.examples, positions=tokens.positions))
 
 
 class _Catch:

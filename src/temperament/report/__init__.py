@@ -1,5 +1,12 @@
-"""The ledger's table, pictures and page. `render(run, out)` writes report.html; `read_run(folder)` gathers what it shows."""
+"""What a person sees of a run: the page, the terminal table, the pictures."""
 
-from temperament.report.html import html, read_run, render
+from __future__ import annotations
 
-__all__ = ["html", "read_run", "render"]
+from pathlib import Path
+
+
+def write(folder: str | Path) -> Path:
+    """(Re)write report.html of a run folder from what the run left in it."""
+    from temperament.report.html import read_run, render
+
+    return render(read_run(folder), Path(folder) / "report.html")

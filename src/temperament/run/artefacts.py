@@ -159,7 +159,7 @@ class Folder:
                 row = json.loads(line)
             except ValueError:
                 continue  # half a line: the process was killed while writing it
-            if row.get("name") != name or row.get("step", 0) <= after:
+            if row.get("stage") != name or row.get("step", 0) <= after:
                 kept.append(line)
         write_atomic(path, "".join(line + "\n" for line in kept))
 
@@ -173,7 +173,7 @@ class Folder:
 
             def append(row: dict[str, Any]) -> None:
                 try:
-                    f.write(json.dumps({"name": name, **row}) + "\n")
+                    f.write(json.dumps({"stage": name, **row}) + "\n")
                 except OSError as problem:
                     raise WorkFailed(f"{self.path / 'log.jsonl'} could not be written ({problem.strerror}); free space, then resume with --resume.") from None
 

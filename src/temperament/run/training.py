@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from temperament.delta import Delta
 from temperament.errors import Interrupted, UserError
+from temperament.nn.context import checkpointing
 from temperament.run.artefacts import Folder
 from temperament.run.recipe import Train
 from temperament.train import checkpoint
@@ -33,6 +36,18 @@ class Trained:
     tokens: int
     seconds: float
     stopped: str = ""  # why it ended before its last step
+
+
+def quiet_training(component: nn.Module) -> None:
+    """Training mode with the base's own noise off: its dropout draws by call order, which no split, resume or world size would
+    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address."""
+    component.train()
+    for module in component.modules():
+        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
+            module.eval()
+        for name in ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "attn_dropout", "layerdrop", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def build_players(spec: Train, ctx: Context) -> list[Player]:
@@ -95,8 +110,8 @@ def run_train(
     """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress."""
     for component in ctx.base.components.values():
         if spec.checkpointing:
-            component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        component.train()
+            checkpointing(component)
+        quiet_training(component)
     players = build_players(spec, ctx)
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
@@ -155,7 +170,7 @@ def run_train(
     for component in ctx.base.components.values():
         component.eval()
         if spec.checkpointing:
-            component.gradient_checkpointing_disable()
+            checkpointing(component, enabled=False)
     if spec.keep != "live" and spec.keep in live.versions:
         live.load_state_dict(live.state_dict() | {f"param/{n}": t for n, t in live.versions[spec.keep].items()})
     delta = live.delta()

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
 from temperament.run.state import State, chain, place_on
-from temperament.run.training import run_train
+from temperament.run.training import quiet_training, run_train
+from temperament.train.checkpoint import write_atomic
 from temperament.train.context import Context
 from temperament.train.world import World
 
@@ -107,7 +109,7 @@ class Skills:
             scores = [o.score for o in some.measure(self.system(reference=False)) if o.score is not None]
             values[s.name] = sum(scores) / max(len(scores), 1)
         for m in self.base.components.values():
-            m.train()
+            quiet_training(m)
         targets = [values[s.name] for s in wanted if s.role == "target"]
         return values | ({"target": sum(targets) / len(targets)} if targets else {})
 
@@ -147,8 +149,6 @@ class _Tuning:
     def run(self) -> Run:
         folder, recipe = self.folder, self.recipe
         if folder.write:
-            from temperament.train.checkpoint import write_atomic
-
             write_atomic(folder.path / "recipe.yaml", recipe.yaml())
         try:
             self.prepare()
@@ -319,8 +319,6 @@ class _Tuning:
         data = {**start.data, step.name: str(place / "data.jsonl")}
         if artefact:
             return replace(start, key=key, data=data)
-        from temperament.train.checkpoint import write_atomic
-
         began = time.perf_counter()
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
@@ -395,11 +393,15 @@ class _Tuning:
                 json["delta"]["files"] = save_delta(state.delta, self.base, self.folder.path / "delta", self.recipe.base)
             self.base.reset()
             json["diagnoses"] = {name: self.diagnose(name, state.delta) for name in spec.diagnose}
+            json["weights"] = weights(self.base, state.delta, json["diagnoses"])
             if spec.dial:
                 from temperament.run.dial import dial
 
                 self.tell("phase", name="dial", text="sweeping the strength of the change")
                 json["dial"] = dial(self.skills, state.delta, spec.dial, self.tell)
+        if self.folder.write and self.rows:
+            items = {skill: self.ledger().items(skill) for skill in self.ledger().skills}
+            write_atomic(self.folder.path / "items.json", dumps(items))
         self.cost["wall_seconds"] = time.time() - self.began
         json |= {"status": "done", "cost": self.cost}
         self.folder.save_run(json)
@@ -411,6 +413,25 @@ class _Tuning:
         from temperament.protocols import Diagnosis
 
         return parts.build(name, Diagnosis, "evaluation.diagnose").diagnose(Subject(self.base, delta))
+
+
+def weights(base: Base, delta: Delta, diagnoses: Mapping[str, Any]) -> dict[str, Any]:
+    """What changed, by layer and kind of matrix: |W' - W| / |W|, with the effective rank and intruders where they were diagnosed."""
+    import torch
+
+    known = {r["place"]: r for d in diagnoses.values() for r in d.get("rows", ()) if "place" in r}
+    parameters, places, cells = dict(base.parameters()), base.places.parameters(), []
+    with torch.no_grad():
+        for name, change in delta.items():
+            place, which = places[name]
+            if which != "weight":
+                continue
+            W = base.originals.get(name, parameters[name].detach())
+            row = known.get(place.name, {})
+            relative = row.get("relative_norm", float(change.norm(W.float() if change.needs_weight else None) / W.float().norm().clamp(min=1e-30)))
+            cells.append({"layer": base.places.depth_of(name).number, "kind": place.role, "place": place.name, "relative": relative,
+                          "rank": row.get("effective_rank"), "intruders": row.get("count")})  # fmt: skip
+    return {"cells": cells}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from temperament.errors import WorkFailed
 from temperament.nn.batch import Batch
+from temperament.nn.context import context
+from temperament.nn.draws import Address
 from temperament.parts import at
 from temperament.protocols import Progress, Term, Terms
 from temperament.train.live import Live, View
@@ -108,7 +110,9 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     sums: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     weights: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     mine = whole.shard(world.rank, world.size)
-    for terms in _forward(each, objective, mine, views, micro):
+    # Every module that draws (dropout) finds its address here; the token's example and position are added where tokens are scored.
+    address = Address(views.seed, "forward", progress.step, torch.empty(0, dtype=torch.long))
+    for terms in _forward(each, objective, mine, views, micro, address):
         total = None
         for name, term in terms.items():
             weights[name] = term.weight
@@ -132,14 +136,14 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     return out
 
 
-def _forward(each: list, objective: Any, mine: Batch, views: Views, micro: int) -> Iterator[Terms]:
+def _forward(each: list, objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> Iterator[Terms]:
     """The terms of every micro-batch. A coupled objective runs twice: statistics without gradient, then the same statistics again
     with the gradient the couple asks for - the exact gradient of a loss that is not a sum over examples, under any split."""
     device = views.world.device
     coupling = _couple(objective, mine, views, micro) if hasattr(objective, "statistics") else None
     for k, part in enumerate(mine.split(micro)):
         part = part.to(device)
-        with views.world.autocast():
+        with views.world.autocast(), context(draws=address):
             terms: Terms = {}
             for p in each:
                 if p is objective and coupling is not None:
@@ -242,7 +246,7 @@ def train(
                     raise WorkFailed(_explain(player, objective, batch, progress, step, got.loss))
                 touched = True
                 row["loss"] += got.loss
-                row |= {f"{prefix}{n}": v for n, v in got.terms.items()}
+                row.setdefault("terms", {}).update({f"{prefix}{n}": v for n, v in got.terms.items()})
                 row["tokens"] = row.get("tokens", 0) + got.tokens
             if touched:
                 norm = grad_norm(player)

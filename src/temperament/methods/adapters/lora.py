@@ -31,11 +31,12 @@ class LoRAPiece(Piece):
     def forward(self, x: Tensor, base: Under) -> Tensor:
         if self.layout == "embedding":
             return base(x) + self.scale * F.embedding(x, self.A.T) @ self.B.T
-        z = x if not (self.dropout and self.training) else draws.dropout(x, self.dropout, context.address(self.address))
+        address = context.current().draws if self.dropout else None  # only a training step has one
+        z = x if address is None else draws.dropout(x, self.dropout, address.at(self.address))
         if self.A.dim() > 2:  # a convolution: A keeps the kernel, B is 1 x 1
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
-        if self.dropout == 0 and base.bare and not base.transposed and x.dtype == self.A.dtype:
+        if address is None and base.bare and not base.transposed and x.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
 

@@ -73,12 +73,15 @@ class File:
         rows = read_rows(
             made.get(self.path, self.path), self.split, self.on_bad, self.limit, self.columns, self.shape, self.config
         )
-        if rows.shape in ("captioned", "prompt"):
-            other = "an image source" if rows.shape == "captioned" else "rollout.sample, or add what should be answered"
-            raise UserError("data.file.path", self.path, f"its rows hold no text to train on; use {other}")
+        if rows.shape == "captioned":
+            raise UserError("data.file.path", self.path, "its rows hold no text to train on; use an image source")
         return rows
 
-    def examples(self, ctx: Any = None) -> tuple[list[Example], Rows, int]:
+    def examples(self, ctx: Any = None) -> list[Example]:
+        """The rows that are not held out, as examples: what a rollout takes its prompts from."""
+        return self.prepared(ctx)[0]
+
+    def prepared(self, ctx: Any = None) -> tuple[list[Example], Rows, int]:
         """What is trained on, before encoding; the rows as read; how many of them are held out."""
         rows = self.read(ctx)
         examples, kept_out = held_out(list(rows), self.holdout)
@@ -102,7 +105,10 @@ class File:
         tok = ctx.base.tokenizer
         if tok is None:
             raise UserError("data.file.path", self.path, "the base has no tokenizer to read text with; give a base with one")
-        examples, rows, held = self.examples(ctx)
+        examples, rows, held = self.prepared(ctx)
+        if rows.shape == "prompt":
+            mend = "its rows have nothing to train on; use rollout.sample, or add what should be answered"
+            raise UserError("data.file.path", self.path, mend)
         encoded, refused = encode_all(examples, tok, self.on_bad, **self.encoding(ctx.base))
         stream = Stream(
             encoded, ctx.batch, ctx.seed, pack=self.pack, count=self.count, shuffle=self.shuffle, last=self.last,
