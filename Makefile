@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a fresh machine that has Python 3.11 or newer and make, each alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two threads that wait quietly: the tests and the demo are made for two cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test bases claims bench lint clean
+
+demo: $(VENV)/.demo
+	@$(BIN)/python recipes/demo.py
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest
+
+bases: $(VENV)/.test
+	$(BIN)/python -m temperament.bases.train_lm all
+
+claims: $(VENV)/.test
+	$(BIN)/temper claim --all
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.test
+	$(BIN)/python -m ruff check src tests claims benchmarks recipes
+
+clean:
+	rm -rf $(VENV) runs
+
+# One environment; each target adds what it needs. The stamp depends on pyproject, so a changed dependency installs again.
+$(BIN)/python:
+	@echo "making the environment (once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 demo"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints-cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints-cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[test,dev]"
+	@touch $@
+
+$(VENV)/.bench: $(BIN)/python pyproject.toml constraints-cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[bench,test]"
+	@touch $@
