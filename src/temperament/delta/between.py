@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from temperament.delta.change import Change, Dense, Sparse, wide
 from temperament.delta.delta import Addition, Delta, Lazy
 from temperament.delta.hash import identity
 from temperament.delta.on_weight import Replace
+from temperament.delta.peft_format import is_peft, read_peft
 from temperament.delta.stream import Source, finite, open_source
 from temperament.errors import UserError
 
@@ -50,6 +54,18 @@ def between(base, tuned, exact: bool = True, lazy: bool = False, component: str 
         changes, statistics = ({n: c for n in names if (c := make(n, True)) is not None} for names in (trained, buffers))
     additions = {name: Addition("", {}, {"value": tuned.read(name)}) for name in new}
     return Delta(changes, additions, statistics, identity(base) if identify else {})
+
+
+def as_delta(what, base, component: str = "lm", lazy: bool = True) -> Delta:
+    """Whatever a user points at, as a delta on `base`: a Delta, a saved one, a PEFT adapter, a tuned model (path, module)."""
+    if isinstance(what, Delta):
+        return what
+    folder = Path(what) if isinstance(what, str | os.PathLike) else None
+    if folder is not None and is_peft(folder):
+        return read_peft(folder, base)
+    if folder is not None and (folder / "delta.json").is_file():
+        return Delta.load(folder, lazy=lazy)
+    return between(base, what, lazy=lazy, component=component)
 
 
 def _pair(base: Source, tuned: Source) -> tuple[dict[str, str], list[str]]:
