@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from temperament.delta import Addition, Delta, Dense, Lazy, LowRank, Multiplied, Replace
+from temperament.delta import Addition, Delta, Dense, Lazy, LowRank, Multiplied, Replace, open_source
 from temperament.errors import UserError
 
 from .test_change import IN, MAKE, OUT
@@ -55,7 +55,7 @@ def test_restrict_and_rejoin():
 def test_numbers():
     x, W = delta(), base()
     assert x.parameters == sum(c.parameters for c in x.changes.values()) and x.bytes > x.parameters
-    norms = (x * -2).norms(W)
+    norms = (x * -2).norms(open_source(W))
     for name, change in x.changes.items():
         assert norms[name] == pytest.approx(2 * float(change.delta(W[name]).norm()), rel=1e-4)
     assert set(x.merges.values()) == {"exactly"}

@@ -147,7 +147,7 @@ class Delta:
         return sha.hexdigest()
 
     def norms(self, base: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Frobenius norm of every change at this strength; `base` (by name) is read where a change needs the weight."""
+        """Frobenius norm of every change at this strength; `base` (a Source or dict) is read where a change needs the weight."""
         return {name: c.norm(self._weight(base, name) if c.needs_weight else None) for name, c in self.items()}
 
     @staticmethod
@@ -166,7 +166,7 @@ class Delta:
         return self * -1.0
 
     def __add__(self, other: Delta) -> Delta:
-        """The sum of two deltas on one base. Changes add; additions and buffers cannot, so a shared name is refused."""
+        """The sum of two deltas on one base. Changes and buffers add; modules do not, so a shared addition is refused."""
         for part in sorted({*self.base} & {*other.base}):
             if self.base[part] != other.base[part]:
                 mend = f"the other delta was made on {self.base[part][:12]}; use deltas of one base"

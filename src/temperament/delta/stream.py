@@ -88,6 +88,8 @@ class Source:
         entry = self.entry(name)
         return self.block(name, 0, entry.numel, out).view(entry.shape)
 
+    __getitem__ = lambda self, name: self.read(name)  # so that a source serves where a dict of tensors does
+
     def block(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Flat elements start..stop."""
         raise NotImplementedError
