@@ -147,7 +147,7 @@ class Delta:
         return sha.hexdigest()
 
     def norms(self, base: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Frobenius norm of every change at this strength; `base` (a Source or dict) is read where a change needs the weight."""
+        """Frobenius norm of every change, strength included; `base` (a Source or dict) serves changes that need the weight."""
         return {name: c.norm(self._weight(base, name) if c.needs_weight else None) for name, c in self.items()}
 
     @staticmethod
