@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from temperament.delta import Delta, Dense, Lazy, Replace, Sparse, between, identity, open_source
+from temperament.delta import Delta, Dense, Lazy, LowRank, Replace, Sparse, as_delta, between, identity, open_source, write_peft
 from temperament.delta.tensorfile import write_tensors
 from temperament.errors import UserError
 
@@ -154,3 +154,23 @@ def test_identity_is_of_content(tmp_path):
     path.write_bytes(data)
     assert identity(path.parent) != one  # the cache sees the change
     assert json.loads(json.dumps(one)) == one
+
+
+def test_whatever_a_user_points_at(tmp_path):
+    base, tuned = llama(False), tuned_of(llama(False))
+    as_folder(base, tmp_path / "base")
+    as_folder(tuned, tmp_path / "tuned")
+    q = "lm/model.layers.0.self_attn.q_proj.weight"
+    lora = Delta({q: LowRank(torch.randn(2, 16), torch.randn(16, 2))})
+    lora.save(tmp_path / "saved")
+    write_peft(lora, tmp_path / "adapter")
+    for what, wanted in (("tuned", tuned), ("saved", None), ("adapter", None)):
+        got = as_delta(tmp_path / what, tmp_path / "base").apply(llama(False)).state_dict()
+        wanted = (wanted or lora.apply(llama(False))).state_dict()
+        assert all(torch.equal(got[k], v) for k, v in wanted.items())
+    assert as_delta(lora, base) is lora
+    with pytest.raises(UserError, match="adapter"):
+        open_source(tmp_path / "adapter")
+    assert Delta.load(tmp_path / "adapter").names == [q]
+    write_peft(lora.remap(lambda n: n.replace("lm/", "encoder/")), tmp_path / "encoder")
+    assert Delta.load(tmp_path / "encoder").components == ["encoder"]

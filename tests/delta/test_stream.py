@@ -1,8 +1,11 @@
 """Checkpoints on disk: equal to what the safetensors library reads, every damage refused in one sentence, memory bounded."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -191,6 +194,46 @@ def test_writer_is_all_or_nothing(tmp_path):
         pass
     with pytest.raises(WorkFailed, match="no room"):
         Writer(tmp_path, {"w": Entry(torch.float32, (1 << 50,))})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an exchange of folders is one step only on Linux")
+def test_a_reader_never_sees_half(tmp_path):
+    """One process overwrites a folder of two files without pause and is killed; a reader always finds a matching pair."""
+    code = """
+import sys
+from temperament.delta.files import atomic_folder
+for i in range(10**9):
+    with atomic_folder(sys.argv[1], overwrite=True) as new:
+        (new / "a").write_text(str(i))
+        (new / "b").write_text(str(i))
+"""
+    path = tmp_path / "out"
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    try:
+        end, seen = time.monotonic() + 30, set()
+        while len(seen) < 300 and time.monotonic() < end:
+            if path.exists():
+                folder = os.open(path, os.O_RDONLY)  # one version, even if it is exchanged meanwhile
+                try:
+                    a, b = (Path(f"/proc/self/fd/{folder}/{name}").read_text() for name in "ab")
+                    assert a == b
+                    seen.add(a)
+                except FileNotFoundError:
+                    assert seen or path.exists()  # that version was replaced and removed while we looked
+                finally:
+                    os.close(folder)
+                assert path.is_dir()
+        assert len(seen) > 20
+    finally:
+        writer.kill()
+        writer.wait()
+    assert (path / "a").read_text() == (path / "b").read_text()
+    with atomic_folder(path, overwrite=True) as new:
+        assert [p for p in tmp_path.iterdir() if p != path] == [new]  # what the killed one left is gone
+    assert [*tmp_path.iterdir()] == [path] and not any(path.iterdir())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError), atomic_folder(tmp_path / "file", overwrite=True):
+        pass
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/x", "a\\b", "a b", "ä", "x\n", "~", None])

@@ -1,6 +1,6 @@
 """The one type that merge, dial, blame, diagnose, export and serve speak: the change a step made."""
 
-from temperament.delta.between import between
+from temperament.delta.between import as_delta, between
 from temperament.delta.change import Change, Dense, Kronecker, LowRank, Sparse, Ternary
 from temperament.delta.combined import Masked, Rows, Sum
 from temperament.delta.delta import Addition, Delta, Lazy
@@ -28,6 +28,7 @@ __all__ = [
     "Sum",
     "Ternary",
     "Transformed",
+    "as_delta",
     "between",
     "identity",
     "not_peft",

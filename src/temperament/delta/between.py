@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from temperament.delta.change import Change, Dense, Sparse, wide
 from temperament.delta.delta import Addition, Delta, Lazy
 from temperament.delta.hash import identity
 from temperament.delta.on_weight import Replace
+from temperament.delta.peft_format import is_peft, read_peft
 from temperament.delta.stream import Source, finite, open_source
 from temperament.errors import UserError
 
@@ -39,8 +43,7 @@ def between(base, tuned, exact: bool = True, lazy: bool = False, component: str 
             raise UserError(f"values of {name}", "not all finite", mend)
         if lazy and exact:
             return Replace(value)
-        weight = base.read(name)
-        return None if skip_equal and same_bits(weight, value) else _change(weight, value, exact)
+        return _change(base.read(name), value, exact, skip_equal)
 
     buffers = [name for name in pairs if base.is_buffer(name) or tuned.is_buffer(pairs[name])]
     trained = [name for name in pairs if name not in set(buffers)]
@@ -50,6 +53,18 @@ def between(base, tuned, exact: bool = True, lazy: bool = False, component: str 
         changes, statistics = ({n: c for n in names if (c := make(n, True)) is not None} for names in (trained, buffers))
     additions = {name: Addition("", {}, {"value": tuned.read(name)}) for name in new}
     return Delta(changes, additions, statistics, identity(base) if identify else {})
+
+
+def as_delta(what, base, component: str = "lm", lazy: bool = True) -> Delta:
+    """Whatever a user points at, as a delta on `base`: a Delta, a saved one, a PEFT adapter, a tuned model (path, module)."""
+    if isinstance(what, Delta):
+        return what
+    folder = Path(what) if isinstance(what, str | os.PathLike) else None
+    if folder is not None and is_peft(folder):
+        return read_peft(folder, base)
+    if folder is not None and (folder / "delta.json").is_file():
+        return Delta.load(folder, lazy=lazy)
+    return between(base, what, lazy=lazy, component=component)
 
 
 def _pair(base: Source, tuned: Source) -> tuple[dict[str, str], list[str]]:
@@ -97,21 +112,27 @@ def _compatible(name: str, base: Source, tuned: Source, other: str, exact: bool)
         raise UserError(f"dtype of {name}", str(b.dtype), mend)
 
 
-def _change(weight: Tensor, value: Tensor, exact: bool) -> Change:
+def _change(weight: Tensor, value: Tensor, exact: bool, skip_equal: bool) -> Change | None:
     """The smallest expression for value - weight; exact: one whose application gives the bits of `value`."""
+    if skip_equal and same_bits(weight, value):
+        return None
     if not weight.dtype.is_floating_point:
         return Replace(value)
-    difference = wide(value) - wide(weight)
-    few = int(difference.count_nonzero()) < SPARSE_BELOW * difference.numel()
-    change = Sparse.of(difference) if few else Dense(difference)
-    if not exact or same_bits(change.apply(weight), value):
-        return change
-    if few:
-        at = (bits(weight) != bits(value.to(weight.dtype))).nonzero().squeeze(1)
-        if len(at) < SPARSE_BELOW * value.numel():
-            narrow = torch.int32 if value.numel() < 2**31 else torch.int64
-            return Sparse(at.to(narrow), value.reshape(-1)[at], tuple(value.shape), new=True)
-    return Replace(value)
+    changed = bits(weight) != bits(value.to(weight.dtype))
+    if int(changed.count_nonzero()) < SPARSE_BELOW * value.numel():
+        at = changed.nonzero().squeeze(1)
+        old, new = weight.reshape(-1)[at], value.reshape(-1)[at]
+        at = at.to(torch.int32 if value.numel() < 2**31 else torch.int64)
+        adds = not exact or _adds(old, new)
+        return Sparse(at, wide(new) - wide(old) if adds else new, tuple(value.shape), new=not adds)
+    return Dense(wide(value) - wide(weight)) if not exact or _adds(weight, value) else Replace(value)
+
+
+def _adds(weight: Tensor, value: Tensor) -> bool:
+    """weight + (value - weight) gives the bits of value. A short piece is tried first: it nearly always tells."""
+    weight, value = weight.reshape(-1), value.reshape(-1)
+    pieces = [(weight[:4096], value[:4096]), (weight, value)]
+    return all(same_bits((wide(w) + (wide(v) - wide(w))).to(w.dtype), v) for w, v in pieces)
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -115,14 +115,20 @@ class Delta:
         """(name, change with the strength in it) in name order, one at a time."""
         return ((name, self.change(name)) for name in sorted(self.changes))
 
+    def entries(self) -> Iterator[tuple[str, str, dict, Mapping[str, Tensor]]]:
+        """(section, name, config, tensors) of all there is, by section and name; a lazy entry is made once a walk."""
+        for section, held in (("change", self.changes), ("buffer", self.buffers)):
+            for name in sorted(held):
+                change = held[name]
+                yield section, name, change.config(), change.tensors()
+        for name, a in sorted(self.additions.items()):
+            config = {"part": a.part, "config": dict(a.config), "strength": a.strength, "merges": a.merges, "ship": a.ship}
+            yield "addition", name, config, a.tensors
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(key, tensor) of all that was trained, in name order; keys as in the saved file."""
-        for name in sorted(self.changes):
-            yield from ((f"change:{name}:{key}", t) for key, t in sorted(self.changes[name].tensors().items()))
-        for name in sorted(self.additions):
-            yield from ((f"addition:{name}:{key}", t) for key, t in sorted(self.additions[name].tensors.items()))
-        for name in sorted(self.buffers):
-            yield from ((f"buffer:{name}:{key}", t) for key, t in sorted(self.buffers[name].tensors().items()))
+        """(key, tensor) of all that was trained, in a fixed order; keys as in the saved file."""
+        for section, name, _, tensors in self.entries():
+            yield from ((f"{section}:{name}:{key}", t) for key, t in sorted(tensors.items()))
 
     @property
     def parameters(self) -> int:
@@ -131,15 +137,6 @@ class Delta:
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
-
-    def configs(self) -> dict[str, dict]:
-        """All that is not a tensor, by section and name."""
-        options = ("part", "config", "strength", "merges", "ship")
-        return {
-            "changes": {name: self.changes[name].config() for name in sorted(self.changes)},
-            "buffers": {name: self.buffers[name].config() for name in sorted(self.buffers)},
-            "additions": {n: {key: getattr(self.additions[n], key) for key in options} for n in sorted(self.additions)},
-        }
 
     @property
     def digest(self) -> str:
@@ -150,7 +147,7 @@ class Delta:
         return sha.hexdigest()
 
     def norms(self, base: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Frobenius norm of every change at this strength; `base` (by name) is read where a change needs the weight."""
+        """Frobenius norm of every change, strength included; `base` (a Source or dict) serves changes that need the weight."""
         return {name: c.norm(self._weight(base, name) if c.needs_weight else None) for name, c in self.items()}
 
     @staticmethod
@@ -169,7 +166,7 @@ class Delta:
         return self * -1.0
 
     def __add__(self, other: Delta) -> Delta:
-        """The sum of two deltas on one base. Changes add; additions and buffers cannot, so a shared name is refused."""
+        """The sum of two deltas on one base. Changes and buffers add; modules do not, so a shared addition is refused."""
         for part in sorted({*self.base} & {*other.base}):
             if self.base[part] != other.base[part]:
                 mend = f"the other delta was made on {self.base[part][:12]}; use deltas of one base"

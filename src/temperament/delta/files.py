@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import json
 import os
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +47,26 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2), so that no moment has neither; False where the system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder beside `path` to write in; renamed to `path` when the block ends well, removed when it does not.
@@ -52,25 +75,25 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     cannot be written is WorkFailed in one sentence. An existing `path` that is not empty is refused unless `overwrite`.
     """
     path = Path(os.path.abspath(path))
-    if not overwrite and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not path.is_dir():
+        raise UserError("output folder", str(path), "it is a file; name a folder")
+    if not overwrite and path.exists() and any(path.iterdir()):
         raise UserError("output folder", str(path), "it is not empty; name a new folder or allow overwriting")
-    mark = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    new, old = path.parent / f".{path.name}.new-{mark}", path.parent / f".{path.name}.old-{mark}"
+    host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
+    new = path.parent / f".{path.name}.new-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    for left in path.parent.glob(f".{glob.escape(path.name)}.new-{host}-*"):  # of a process that was killed
+        if not _alive(left.name.split("-")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         yield new
-        if path.exists():
-            path.rename(old)
-        try:
+        if path.is_dir() and not _exchange(new, path):
+            shutil.rmtree(path)
+        if new.exists() and not path.exists():
             new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
     except OSError as error:
         known = {errno.ENOSPC: "the disk is full", errno.EACCES: "it is not writable", errno.EROFS: "it is not writable"}
         why = known.get(error.errno, error.strerror or error)
         raise WorkFailed(f"{path} could not be written: {why}; nothing was changed") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -36,8 +36,8 @@ def is_peft(folder) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def read_peft(folder: str | Path, base=None, component: str = "lm") -> Delta:
-    """The adapter as a Delta on `component`.
+def read_peft(folder: str | Path, base=None, component: str | None = None) -> Delta:
+    """The adapter as a Delta on `component` (by default the one it was written for, else "lm").
 
     base (a path, module or Source), where given, settles how weights are stored and refuses what tied weights cannot express;
     its identity is not computed here (`Delta.check_base` compares). UserError: not LoRA, an option with no equal here, damaged
@@ -47,7 +47,11 @@ def read_peft(folder: str | Path, base=None, component: str = "lm") -> Delta:
     config = read_json(folder / "adapter_config.json", "adapter config")
     _refuse_unreadable(config, folder)
     weights = folder / "adapter_model.safetensors"
-    source = Checkpoint(weights if weights.is_file() else folder, "adapter")
+    if not weights.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError("adapter", str(folder / "adapter_model.bin"), "it is a pickle, never loaded; save it as safetensors")
+    side = _side_file(folder)
+    component = component or str(side.get("component", "lm"))
+    source = Checkpoint(weights, "adapter")
     base = None if base is None else open_source(base, component)
     modules: dict[str, dict[str, Tensor]] = {}
     changes: dict[str, Change] = {}
@@ -70,14 +74,18 @@ def read_peft(folder: str | Path, base=None, component: str = "lm") -> Delta:
         changes = {n: c for n, c in changes.items() if not (isinstance(c, Replace) and _unchanged(c, base, n))}
         if not config.get("ensure_weight_tying"):
             _refuse_half_tied(changes, base)
-    side = read_json(folder / SIDE, "adapter side file") if (folder / SIDE).is_file() else {}
-    if side and (side.get("format") != FORMAT or not isinstance(side.get("base"), dict)):
-        raise UserError("adapter side file", str(folder / SIDE), "it was edited; delete it to load without a base check")
     delta = Delta(changes, base=side.get("base", {}), meta=side.get("meta", {}))
     if side and side.get("digest") != delta.digest:
         mend = f"its tensors are not those that were saved; copy it again, or delete {SIDE} if you trained it on"
         raise UserError("adapter", str(weights), mend)
     return delta
+
+
+def _side_file(folder: Path) -> dict:
+    side = read_json(folder / SIDE, "adapter side file") if (folder / SIDE).is_file() else {}
+    if side and (side.get("format") != FORMAT or not isinstance(side.get("base"), dict)):
+        raise UserError("adapter side file", str(folder / SIDE), "it was edited; delete it to load without a base check")
+    return side
 
 
 def _refuse_unreadable(config: dict, folder: Path) -> None:

@@ -62,8 +62,9 @@ def write_peft(
     with atomic_folder(folder, overwrite) as new:
         write_tensors(new, {PREFIX + key: t.contiguous() for key, t in tensors.items()}, "adapter_model")
         write_json(new / "adapter_config.json", config)
-        digest = read_peft(new, source, delta.components[0]).digest  # of the delta as a reader gets it, scales folded
-        write_json(new / SIDE, {"format": FORMAT, "base": dict(delta.base), "digest": digest, "meta": dict(delta.meta)})
+        digest = read_peft(new, component=delta.components[0]).digest  # of the delta as a reader gets it, scales folded
+        side = {"base": dict(delta.base), "component": delta.components[0], "digest": digest, "meta": dict(delta.meta)}
+        write_json(new / SIDE, {"format": FORMAT} | side)
 
 
 def _plan(delta: Delta, base: Source | None) -> tuple[dict[str, Change], dict[str, Tensor]]:

@@ -20,15 +20,17 @@ FORMAT, VERSION = "temperament.delta", 1
 
 def save(delta: Delta, folder: str | Path, overwrite: bool = False) -> None:
     """Write in two passes, so that a lazy delta is never held whole."""
-    table = {key: Entry(t.dtype, tuple(t.shape)) for key, t in delta.tensors()}
-    shas = {}
+    table, sections, shas = {}, {"changes": {}, "buffers": {}, "additions": {}}, {}
+    for section, name, config, tensors in delta.entries():
+        sections[section + "s"][name] = config
+        table |= {f"{section}:{name}:{key}": Entry(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
     with atomic_folder(folder, overwrite) as new:
         with Writer(new, table, "delta", metadata={"format": "pt"}) as writer:
             for key, tensor in delta.tensors():
                 writer.write(key, tensor)
                 shas[key] = tensor_sha(tensor)
         card = {"format": FORMAT, "version": VERSION, "base": dict(delta.base), "strength": delta.strength}
-        write_json(new / "delta.json", card | {"meta": dict(delta.meta), "sha256": shas} | delta.configs())
+        write_json(new / "delta.json", card | {"meta": dict(delta.meta), "sha256": shas} | sections)
 
 
 def load(folder: str | Path, lazy: bool = False) -> Delta:

@@ -19,7 +19,7 @@ from temperament.delta.tensorfile import PICKLES, Entry, raw, read_header
 from temperament.errors import UserError, nearest
 
 PIPELINE = {"unet": "denoiser", "transformer": "denoiser", "vae": "codec"}  # diffusers folder -> our name; others keep theirs
-WEIGHTS = ("model", "diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # stems looked for in a folder
+WEIGHTS = ("model", "diffusion_pytorch_model")  # stems looked for in a folder
 BLOCK = 1 << 20  # elements
 
 
@@ -29,6 +29,8 @@ def find_weights(folder: Path, component: str) -> dict[str, Entry]:
     single = [path for stem in WEIGHTS if (path := folder / f"{stem}.safetensors").is_file()]
     if single:
         return read_header(single[0], component)
+    if (folder / "adapter_config.json").is_file() and not indexes:
+        raise UserError("checkpoint", str(folder), "it is an adapter, not a model; load it as a delta on its base")
     if not indexes:
         lone = sorted(folder.glob("*.safetensors"))
         if len(lone) == 1:
@@ -85,6 +87,8 @@ class Source:
         """The whole tensor; into `out` (any buffer of at least its elements and of its dtype) when given."""
         entry = self.entry(name)
         return self.block(name, 0, entry.numel, out).view(entry.shape)
+
+    __getitem__ = lambda self, name: self.read(name)  # so that a source serves where a dict of tensors does
 
     def block(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Flat elements start..stop."""
@@ -166,6 +170,11 @@ class Checkpoint(Source):
             self._files.popitem()[1].close()
 
 
+def storage(tensor: Tensor) -> tuple:
+    """Equal for tied tensors: the same elements of the same memory."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
 class Memory(Source):
     """Tensors in memory, by full name. Names that share storage are one tensor, called by the first (as modules do)."""
 
@@ -173,9 +182,8 @@ class Memory(Source):
         self.label, self.buffers, self._tensors, self.aliases = label, buffers, {}, {}
         first: dict[tuple, str] = {}
         for name, tensor in tensors.items():
-            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-            if tensor.numel() and first.setdefault(key, name) != name:
-                self.aliases[name] = first[key]
+            if tensor.numel() and first.setdefault(storage(tensor), name) != name:
+                self.aliases[name] = first[storage(tensor)]
             else:
                 self._tensors[name] = tensor.detach()
         self.entries = {name: Entry(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from temperament.delta.stream import storage
 from temperament.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -38,18 +39,31 @@ def apply(delta: Delta, to, build: Callable | None = None):
             if (new := new_value(delta, name, target)) is not target:
                 target.copy_(new)
     else:
-        to = dict(to)
-        bare = not any("/" in name for name in to)
-        if bare and len(delta.components) > 1:
-            raise UserError("components", delta.components, "name the tensors component/parameter, this delta touches several")
-        for name in (*delta.changes, *delta.buffers):
-            key = name.split("/", 1)[1] if bare else name
-            if key not in to:
-                raise UserError("parameter", name, f"the weights have no such tensor; {nearest(key, to)}")
-            to[key] = new_value(delta, name, to[key])
+        to = {**to, **_updated(delta, to)}
     for name, addition in shipped.items():
         build(name, replace(addition, strength=addition.strength * delta.strength), to)
     return to
+
+
+def _updated(delta: Delta, to: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new tensors of a dict, under every name that shares the tensor."""
+    bare = not any("/" in name for name in to)
+    if bare and len(delta.components) > 1:
+        raise UserError("components", delta.components, "name the tensors component/parameter, this delta touches several")
+    tied: dict[tuple, list[str]] = {}
+    for key, t in to.items():
+        tied.setdefault(storage(t) if t.numel() else (key,), []).append(key)
+    new: dict[str, Tensor] = {}
+    for name in (*delta.changes, *delta.buffers):
+        key = name.split("/", 1)[1] if bare else name
+        if key not in to:
+            raise UserError("parameter", name, f"the weights have no such tensor; {nearest(key, to)}")
+        value = new_value(delta, name, to[key])
+        names = tied[storage(to[key])] if to[key].numel() else [key]
+        if key in new and not torch.equal(new[key], value):
+            raise UserError("tied tensors", name, f"it is one of {names}, and the delta changes them differently")
+        new |= dict.fromkeys(names, value)
+    return new
 
 
 @contextlib.contextmanager
