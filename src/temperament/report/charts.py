@@ -43,11 +43,11 @@ def curves(log: Any, most: int = 14) -> dict[str, Any] | None:
     charts = []
     if "loss" in plain:
         parts = [Series("loss", *plain.pop("loss"))] + [
-            Series(n, *v) for n, v in nested["terms"].items() if len(nested["terms"]) > 1
+            Series(show.name(n), *v) for n, v in nested["terms"].items() if len(nested["terms"]) > 1
         ]
         charts.append(_chart("Loss" + (" and its terms" if len(parts) > 1 else ""), parts, stages))
     if nested["skills"]:
-        parts = [Series(n, *v) for n, v in nested["skills"].items()][:8]
+        parts = [Series(show.name(n), *v) for n, v in nested["skills"].items()][:8]
         share = all(0 <= y <= 1 for s in parts for y in s.y)
         charts.insert(
             0,
@@ -55,7 +55,9 @@ def curves(log: Any, most: int = 14) -> dict[str, Any] | None:
         )
     names = sorted(plain, key=lambda k: next((i for i, f in enumerate(FIRST) if k.startswith(f)), len(FIRST)))
     for name in names[: most - len(charts)]:
-        charts.append(_chart(NAMES.get(name, name.replace("_", " ")), [Series(name, *plain[name])], stages))
+        charts.append(
+            _chart(NAMES.get(name, show.name(name).replace("_", " ")), [Series(show.name(name), *plain[name])], stages)
+        )
     return {"charts": charts, "left": max(0, len(names) - (most - 2)), "steps": len(rows)} if charts else None
 
 
@@ -114,7 +116,7 @@ def dial(d: Any) -> dict[str, Any] | None:
     for name in names:
         found = [p for p in points if is_number((p.get("skills") or {}).get(name))]
         if len(found) > 1:
-            thin.append(Series(name, [p["strength"] for p in found], [p["skills"][name] for p in found], "s7 faint"))
+            thin.append(Series(show.name(name), [p["strength"] for p in found], [p["skills"][name] for p in found], "s7 faint"))
     best = d.get("best") if isinstance(d.get("best"), Mapping) and is_number((d.get("best") or {}).get("strength")) else None
     bar = (best["strength"], f"best {show.digits(best['strength'])}") if best else None
     series = [s for s in lines if s] + thin
@@ -181,15 +183,15 @@ def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
     ][:most]
     if not points:
         return None
-    names = list(dict.fromkeys(str(p.get("method", "?")) for p in points))
-    methods = [(n, [(-p["loss"], p["gain"]) for p in points if str(p.get("method", "?")) == n]) for n in names]
+    names = list(dict.fromkeys(_method(p) for p in points))
+    methods = [(n, [(-p["loss"], p["gain"]) for p in points if _method(p) == n]) for n in names]
     mean = lambda n, key: (lambda v: sum(v) / len(v) if v else None)(
-        [p[key] for p in points if str(p.get("method", "?")) == n and is_number(p.get(key))]
+        [p[key] for p in points if _method(p) == n and is_number(p.get(key))]
     )
     edge = set(svg.front([(-mean(n, "loss"), mean(n, "gain")) for n in names]))
     rows = []
     for i, n in enumerate(names):
-        got, lost = ([p[k] for p in points if str(p.get("method", "?")) == n] for k in ("gain", "loss"))
+        got, lost = ([p[k] for p in points if _method(p) == n] for k in ("gain", "loss"))
         span = lambda v: f"{show.signed(min(v))} to {show.signed(max(v))}" if len(v) > 1 else ""
         rows.append(
             {
@@ -216,6 +218,10 @@ def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
         "extra": extra,
         "said": _compare_words(rows, mean),
     }
+
+
+def _method(point: Mapping[str, Any]) -> str:
+    return show.name(point.get("method", "?"))
 
 
 def _compare_words(rows: list[dict[str, Any]], mean: Any) -> str:

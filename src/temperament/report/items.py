@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from temperament.report import show
 from temperament.report.show import clip
 
 ORDER = ("lost", "gained", "kept", "missed", None)
@@ -49,7 +50,7 @@ def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: in
         if sum(map(len, by_status.values())) <= most:
             count = most
         for skill, item in by_status[state]:
-            row = {"skill": skill, "status": state or "measured", "id": item.get("id", "")}
+            row = {"skill": show.name(skill), "status": state or "measured", "id": item.get("id", "")}
             row |= {f: None if item.get(f) is None else clip(item[f], text) for f in FIELDS}
             row |= {f: item.get(f) for f in ("score_before", "score_after")}
             cost = 700 + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)

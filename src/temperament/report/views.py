@@ -55,7 +55,7 @@ def skill(s: Mapping[str, Any]) -> dict[str, Any]:
     seen = seen if seen in WORDS else "none"
     floor = s.get("floor")
     row = {
-        "name": str(s.get("name", "?")),
+        "name": show.name(s.get("name", "?")),
         "role": s.get("role") if s.get("role") in ("target", "retained") else "other",
         "metric": str(s.get("metric") or ""),
         "unit": unit,
@@ -175,10 +175,10 @@ def matrix(m: Any, most: int = 3000) -> dict[str, Any] | None:
                     "alpha": f"{strength**0.7 * 0.6:.2f}",
                     "seen": "none" if not gain or abs(gain) < 0.005 * (scale or 1) else "gained" if gain > 0 else "lost",
                     "learned": (m.get("learned") or {}).get(skill_name) == name,
-                    "title": f"{skill_name} after {name}: {show.level(value, units[k])}{moved}",
+                    "title": f"{show.name(skill_name)} after {show.name(name)}: {show.level(value, units[k])}{moved}",
                 }
             )
-        rows.append({"name": name, "cells": cells})
+        rows.append({"name": show.name(name), "cells": cells})
     facts = []
     words = {
         "backward_transfer": ("Backward transfer", "what later steps did to targets learned earlier"),
@@ -195,7 +195,7 @@ def matrix(m: Any, most: int = 3000) -> dict[str, Any] | None:
         )
     roles = dict(zip(m["skills"], m.get("roles") or [], strict=False))
     return {
-        "skills": [{"name": s, "role": roles.get(s, "")} for s in columns],
+        "skills": [{"name": show.name(s), "role": roles.get(s, "")} for s in columns],
         "rows": rows,
         "facts": facts,
         "left": len(m["skills"]) - len(columns),
