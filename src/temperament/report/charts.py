@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from temperament.report import show, svg
@@ -16,12 +17,12 @@ ROUGH = 40  # a rough curve with more points than this is shown with a running m
 
 
 def curves(log: Any, most: int = 14) -> dict[str, Any] | None:
-    """Small multiples: the loss with its terms, the skills measured on the way, then one plane for every other number logged."""
+    """Small multiples: the loss with its terms, the skills measured on the way, then a plane for each other number."""
     rows = [r for r in log or [] if isinstance(r, Mapping)]
     if len(rows) < 2:
         return None
     steps = [r["step"] if is_number(r.get("step")) else i for i, r in enumerate(rows)]
-    if any(b < a for a, b in zip(steps, steps[1:], strict=False)):  # each stage counts from zero: lay them end to end
+    if any(b < a for a, b in pairwise(steps)):  # each stage counts from zero: lay them end to end
         steps = list(range(len(rows)))
     stages, last = [], None
     for at, r in zip(steps, rows, strict=True):
@@ -42,11 +43,11 @@ def curves(log: Any, most: int = 14) -> dict[str, Any] | None:
     charts = []
     if "loss" in plain:
         parts = [Series("loss", *plain.pop("loss"))] + [
-            Series(n, *v) for n, v in nested["terms"].items() if len(nested["terms"]) > 1
+            Series(show.name(n), *v) for n, v in nested["terms"].items() if len(nested["terms"]) > 1
         ]
         charts.append(_chart("Loss" + (" and its terms" if len(parts) > 1 else ""), parts, stages))
     if nested["skills"]:
-        parts = [Series(n, *v) for n, v in nested["skills"].items()][:8]
+        parts = [Series(show.name(n), *v) for n, v in nested["skills"].items()][:8]
         share = all(0 <= y <= 1 for s in parts for y in s.y)
         charts.insert(
             0,
@@ -54,7 +55,9 @@ def curves(log: Any, most: int = 14) -> dict[str, Any] | None:
         )
     names = sorted(plain, key=lambda k: next((i for i, f in enumerate(FIRST) if k.startswith(f)), len(FIRST)))
     for name in names[: most - len(charts)]:
-        charts.append(_chart(NAMES.get(name, name.replace("_", " ")), [Series(name, *plain[name])], stages))
+        charts.append(
+            _chart(NAMES.get(name, show.name(name).replace("_", " ")), [Series(show.name(name), *plain[name])], stages)
+        )
     return {"charts": charts, "left": max(0, len(names) - (most - 2)), "steps": len(rows)} if charts else None
 
 
@@ -65,7 +68,7 @@ def _push(into: dict[str, tuple[list, list]], name: str, x: float, y: float) -> 
 
 
 def _rough(y: list) -> bool:
-    return len(y) > ROUGH and sum(abs(b - a) for a, b in zip(y, y[1:], strict=False)) > 3 * (max(y) - min(y)) > 0
+    return len(y) > ROUGH and sum(abs(b - a) for a, b in pairwise(y)) > 3 * (max(y) - min(y)) > 0
 
 
 def _chart(title: str, parts: list[Series], stages: list, percent: bool = False, share: bool = False) -> dict[str, Any]:
@@ -95,8 +98,10 @@ def _chart(title: str, parts: list[Series], stages: list, percent: bool = False,
 
 
 def dial(d: Any) -> dict[str, Any] | None:
-    """Strength swept: target and retained as levels or changes, the best point within the budget, every point for the slider."""
-    points = [p for p in (d or {}).get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]
+    """Strength swept: target and retained as levels, the best point within the budget, every point for the slider."""
+    if not d:
+        return None
+    points = [p for p in d.get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]
     points = sorted(
         (p for p in points if is_number(p.get("target")) or is_number(p.get("retained"))), key=lambda p: p["strength"]
     )
@@ -111,7 +116,7 @@ def dial(d: Any) -> dict[str, Any] | None:
     for name in names:
         found = [p for p in points if is_number((p.get("skills") or {}).get(name))]
         if len(found) > 1:
-            thin.append(Series(name, [p["strength"] for p in found], [p["skills"][name] for p in found], "s7 faint"))
+            thin.append(Series(show.name(name), [p["strength"] for p in found], [p["skills"][name] for p in found], "s7 faint"))
     best = d.get("best") if isinstance(d.get("best"), Mapping) and is_number((d.get("best") or {}).get("strength")) else None
     bar = (best["strength"], f"best {show.digits(best['strength'])}") if best else None
     series = [s for s in lines if s] + thin
@@ -133,11 +138,16 @@ def dial(d: Any) -> dict[str, Any] | None:
     )
     start, end = points[0], points[-1]
     full = next((p for p in points if abs(p["strength"] - 1) < 1e-9), end)
-    rows = [{
-        "strength": show.digits(p["strength"]), "target": show.level(p.get("target")), "retained": show.level(p.get("retained")),
-        "moved": show.signed(p["retained"] - start["retained"]) if is_number(p.get("retained")) and is_number(start.get("retained")) else "–",
-        "best": bool(best) and abs(p["strength"] - best["strength"]) < 1e-9,
-    } for p in points]  # fmt: skip
+    rows = [
+        {
+            "strength": show.digits(p["strength"]),
+            "target": show.level(p.get("target")),
+            "retained": show.level(p.get("retained")),
+            "moved": _moved(start, p),
+            "best": bool(best) and abs(p["strength"] - best["strength"]) < 1e-9,
+        }
+        for p in points
+    ]
     return {
         "chart": chart,
         "rows": rows,
@@ -148,18 +158,19 @@ def dial(d: Any) -> dict[str, Any] | None:
     }
 
 
+def _moved(start: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    ends = point.get("retained"), start.get("retained")
+    return show.signed(ends[0] - ends[1]) if all(map(is_number, ends)) else "–"
+
+
 def _dial_words(budget: Any, best: Mapping[str, Any] | None, start: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     limit = f" may lose at most {show.digits(budget)} points" if is_number(budget) else ""
     if best is None:
         return f"No strength keeps the retained skills within the budget: they{limit}." if limit else ""
-    lose = lambda p: (
-        show.signed(p["retained"] - start["retained"])
-        if is_number(p.get("retained")) and is_number(start.get("retained"))
-        else "–"
-    )
-    words = f"At strength {show.digits(best['strength'])} the target is at {show.level(best.get('target'))} and the retained skills change by {lose(best)} points"
+    words = f"At strength {show.digits(best['strength'])} the target is at {show.level(best.get('target'))}"
+    words += f" and the retained skills change by {_moved(start, best)} points"
     if abs(best["strength"] - full["strength"]) > 1e-9:
-        words += f"; at full strength it was {show.level(full.get('target'))} and {lose(full)}"
+        words += f"; at full strength it was {show.level(full.get('target'))} and {_moved(start, full)}"
     return words + (f". (They{limit}.)" if limit else ".")
 
 
@@ -172,22 +183,32 @@ def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
     ][:most]
     if not points:
         return None
-    names = list(dict.fromkeys(str(p.get("method", "?")) for p in points))
-    methods = [(n, [(-p["loss"], p["gain"]) for p in points if str(p.get("method", "?")) == n]) for n in names]
+    names = list(dict.fromkeys(_method(p) for p in points))
+    methods = [(n, [(-p["loss"], p["gain"]) for p in points if _method(p) == n]) for n in names]
     mean = lambda n, key: (lambda v: sum(v) / len(v) if v else None)(
-        [p[key] for p in points if str(p.get("method", "?")) == n and is_number(p.get(key))]
+        [p[key] for p in points if _method(p) == n and is_number(p.get(key))]
     )
     edge = set(svg.front([(-mean(n, "loss"), mean(n, "gain")) for n in names]))
     rows = []
     for i, n in enumerate(names):
-        got, lost = ([p[k] for p in points if str(p.get("method", "?")) == n] for k in ("gain", "loss"))
+        got, lost = ([p[k] for p in points if _method(p) == n] for k in ("gain", "loss"))
         span = lambda v: f"{show.signed(min(v))} to {show.signed(max(v))}" if len(v) > 1 else ""
-        rows.append({
-            "name": n, "style": f"s{i % 8}", "seeds": len(got), "gain": show.signed(mean(n, "gain")), "gains": span(got),
-            "loss": show.signed(-mean(n, "loss")), "losses": span([-v for v in lost]), "front": (-mean(n, "loss"), mean(n, "gain")) in edge,
-            "seconds": show.duration(mean(n, "seconds")), "peak": show.size(mean(n, "peak_bytes")), "parameters": show.brief(mean(n, "parameters")),
-            "shape": svg.drawing([svg.marker("", 8, 8, f"method s{i % 8}", svg.SHAPES[i % len(svg.SHAPES)])], "", 16, 16),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": n,
+                "style": f"s{i % 8}",
+                "seeds": len(got),
+                "gain": show.signed(mean(n, "gain")),
+                "gains": span(got),
+                "loss": show.signed(-mean(n, "loss")),
+                "losses": span([-v for v in lost]),
+                "front": (-mean(n, "loss"), mean(n, "gain")) in edge,
+                "seconds": show.duration(mean(n, "seconds")),
+                "peak": show.size(mean(n, "peak_bytes")),
+                "parameters": show.brief(mean(n, "parameters")),
+                "shape": svg.drawing([svg.marker("", 8, 8, f"method s{i % 8}", svg.SHAPES[i % len(svg.SHAPES)])], "", 16, 16),
+            }
+        )
     extra = [k for k in ("seconds", "peak", "parameters") if any(r[k] != "–" for r in rows)]
     label = "Gain against loss. " + "; ".join(f"{r['name']}: {r['gain']} gained, {r['loss']} retained" for r in rows)
     return {
@@ -197,6 +218,10 @@ def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
         "extra": extra,
         "said": _compare_words(rows, mean),
     }
+
+
+def _method(point: Mapping[str, Any]) -> str:
+    return show.name(point.get("method", "?"))
 
 
 def _compare_words(rows: list[dict[str, Any]], mean: Any) -> str:

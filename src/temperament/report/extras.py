@@ -75,10 +75,16 @@ def plan(run: Mapping[str, Any]) -> list[dict[str, Any]] | None:
             continue
         ratio = real / told if told and real is not None else None
         most = max(v for v in (told, real) if v is not None) or 1
-        rows.append({
-            "title": title, "told": form(told), "real": form(real), "floor": form(get("floor", key)) if is_number(get("floor", key)) else None,
-            "ratio": f"{ratio:.2f}×" if ratio is not None else "", "bars": [f"{100 * (v or 0) / most:.1f}" for v in (told, real)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "title": title,
+                "told": form(told),
+                "real": form(real),
+                "floor": form(get("floor", key)) if is_number(get("floor", key)) else None,
+                "ratio": f"{ratio:.2f}×" if ratio is not None else "",
+                "bars": [f"{100 * (v or 0) / most:.1f}" for v in (told, real)],
+            }
+        )
     return rows or None
 
 
@@ -117,6 +123,14 @@ def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     if delta.get("digest"):
         out.append(("digest", str(delta["digest"])[:12]))
     return [(k, v) for k, v in out if v]
+
+
+def steps(found: Any) -> list[list[tuple[str, str]]]:
+    return [pairs(s, most=14) for s in found or [] if isinstance(s, Mapping)][:60]
+
+
+def exceptions(found: Any) -> list[str]:
+    return [show.clip(e, 400) for e in found or []][:20]
 
 
 def pairs(x: Any, depth: int = 0, prefix: str = "", most: int = 80) -> list[tuple[str, str]]:

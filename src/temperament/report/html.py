@@ -2,17 +2,18 @@
 
     render(run, out)        run = the contents of run.json, and whatever of these there is:
 
-    log          [{"step", "loss", "terms": {name: x}, "skills": {name: 0..1}, "stage", "lr", "grad_norm", any other number}]
+    log          [{"step", "loss", "terms": {name: x}, "skills": {name: 0..1}, "stage", any other number}], a line a step
     items        {skill: [{"id", "prompt", "expected", "before", "after", "status": kept|gained|lost|missed}]}
     dial         {"points": [{"strength", "target", "retained", "skills": {name: level}}], "best": {...}, "budget": points}
-    compare      {"points": [{"method", "seed", "gain", "loss" (shares, loss >= 0), "seconds", "peak_bytes", "parameters"}], "note"}
+    compare      {"points": [{"method", "seed", "gain", "loss", "seconds", "peak_bytes", "parameters"}], "note"};
+                 gain and loss are shares, loss >= 0
     weights      {"cells": [{"layer", "kind", "relative", "rank", "intruders"}]}
-    plan         {"predicted": {"peak_bytes", "seconds", "disk_bytes"}, "actual": {...}, "floor": {...}}; actual also from "cost"
+    plan         {"predicted": {"peak_bytes", "seconds", "disk_bytes"}, "actual": {...}, "floor": {...}}; actual also in "cost"
     images       {"items": [{"prompt", "before": data URI, "after": data URI, "status"}]}
     recipe       the resolved YAML as text;   certificate, environment: mappings;   exceptions: list of sentences
 
-A missing part does not appear. Everything in a run is hostile input (completions!): escaped by the template engine, made visible by
-`show.clean`, and fenced by a content policy under which only this page's own script, by hash, may run.
+A missing part does not appear. Everything in a run is hostile input (completions!): escaped by the template engine, made
+visible by `show.clean`, and fenced by a content policy under which only this page's own script, by its hash, may run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -48,7 +49,7 @@ def render(run: Mapping[str, Any], out: Path | str) -> Path:
 
 def html(run: Mapping[str, Any]) -> str:
     """The page as text, with fewer items, pictures and words of recipe if it would pass the limit."""
-    run = show.clean(run)
+    run = show.clean(run if isinstance(run, Mapping) else {})
     for share in (1.0, 0.5, 0.2, 0.05, 0.0):
         page = _page(run, share)
         if len(page.encode()) < LIMIT:
@@ -57,7 +58,7 @@ def html(run: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: Path | str) -> dict[str, Any]:
-    """A run folder's data: run.json, log.jsonl, recipe.yaml, and `items dial compare weights images`.json where they are there."""
+    """A run folder's data: run.json, log.jsonl, recipe.yaml, and items, dial, compare, weights, images .json."""
     folder = Path(folder)
     run = json.loads((folder / "run.json").read_text("utf-8"))
     for name in ("items", "dial", "compare", "weights", "images"):
@@ -79,43 +80,58 @@ def _lines(path: Path):
 
 
 def _page(run: Mapping[str, Any], share: float) -> str:
-    ledger = run.get("ledger") if isinstance(run.get("ledger"), Mapping) else {}
-    found = run.get("items") if isinstance(run.get("items"), Mapping) else {}
-    rows = {str(k): [i for i in v if isinstance(i, Mapping)] for k, v in found.items() if isinstance(v, list)}
-    picked = items.pick(rows, int(ITEM_BYTES * share), int(ITEM_COUNT * share)) if any(rows.values()) else None
-    base = run.get("base") if isinstance(run.get("base"), Mapping) else {}
-    steps = [s for s in run.get("steps") or [] if isinstance(s, Mapping)]
-    compared = charts.compare(run.get("compare"))
+    """The page with `share` of the room for items, pictures and recipe. A damaged section is left out and named."""
+    ledger, base = (run.get(k) if isinstance(run.get(k), Mapping) else {} for k in ("ledger", "base"))
+    damaged: list[str] = []
+
+    def drawn(name: str, build: Callable[..., Any], *data: Any, otherwise: Any = None) -> Any:
+        try:
+            return build(*data)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError):
+            damaged.append(name)
+            return otherwise
+
+    compared = drawn("compare", charts.compare, run.get("compare"))
     said = run.get("verdict") or ledger.get("verdict") or (compared or {}).get("said")
     style, script = stylesheet() + _asset("style.css"), _asset("report.js")
     sections = {
         "compare": compared,
-        "skills": views.skills(ledger),
-        "matrix": views.matrix(ledger.get("matrix")),
-        "curves": charts.curves(run.get("log")),
-        "dial": charts.dial(run.get("dial")),
-        "images": extras.images(run.get("images"), int(IMAGE_BYTES * share)),
-        "items": picked if picked and picked.items else None,
-        "weights": extras.weights(run.get("weights")),
-        "plan": extras.plan(run),
-        "steps": [extras.pairs(s, most=14) for s in steps][:60] if share else [],
-        "recipe": show.clip(run["recipe"], int(120_000 * max(share, 0.02))) if run.get("recipe") else None,
-        "certificate": extras.pairs(run.get("certificate")),
-        "environment": extras.pairs(run.get("environment")),
+        "skills": drawn("skills", views.skills, ledger),
+        "headline": drawn("headline", views.headline, ledger, otherwise=[]),
+        "matrix": drawn("matrix", views.matrix, ledger.get("matrix")),
+        "curves": drawn("log", charts.curves, run.get("log")),
+        "dial": drawn("dial", charts.dial, run.get("dial")),
+        "images": drawn("images", extras.images, run.get("images"), int(IMAGE_BYTES * share)),
+        "items": drawn("items", items.pick, run.get("items") or {}, int(ITEM_BYTES * share), int(ITEM_COUNT * share)),
+        "weights": drawn("weights", extras.weights, run.get("weights")),
+        "plan": drawn("plan", extras.plan, run),
+        "steps": drawn("steps", extras.steps, run.get("steps") if share else None),
+        "facts": drawn("facts", extras.facts, run, otherwise=[]),
+        "certificate": drawn("certificate", extras.pairs, run.get("certificate")),
+        "environment": drawn("environment", extras.pairs, run.get("environment")),
+        "exceptions": drawn("exceptions", extras.exceptions, run.get("exceptions"), otherwise=[]),
     }
     return _template().render(
+        **sections,
         title=show.clip(run.get("name") or base.get("id") or "a run", 80),
-        status=str(run.get("status") or ""), error=show.clip(run.get("error"), 600) if run.get("error") else "",
-        verdict=views.sentences(show.clip(said, 3000)), headline=views.headline(ledger),
-        facts=extras.facts(run), exceptions=[show.clip(e, 400) for e in run.get("exceptions") or []][:20],
-        differences=items.differences, show=show, style=Markup(style), script=Markup(script), policy=_policy(script), **sections,
-    )  # fmt: skip
+        status=show.clip(run.get("status"), 20),
+        error=show.clip(run.get("error"), 600),
+        verdict=views.sentences(show.clip(said, 3000)),
+        recipe=show.clip(run.get("recipe"), int(120_000 * max(share, 0.02))),
+        damaged=damaged,
+        differences=items.differences,
+        show=show,
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(script),
+    )
 
 
 def _policy(script: str) -> str:
     """Nothing may be loaded or run but the inline style and the one script with this hash."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src 'sha256-{digest}'; {rest}"
 
 
 def stylesheet() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from temperament.report import show
 from temperament.report.show import clip
 
 ORDER = ("lost", "gained", "kept", "missed", None)
@@ -31,8 +32,9 @@ class Picked:
         return sum(self.totals.values())
 
 
-def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: int, text: int = 900) -> Picked:
+def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: int, text: int = 900) -> Picked | None:
     """At most `most` items and `budget` bytes of page; long texts are clipped to `text` characters with a stated remainder."""
+    items = {str(k): [i for i in rows if isinstance(i, Mapping)] for k, rows in items.items()}
     by_status: dict[Any, list[tuple[str, Mapping[str, Any]]]] = {s: [] for s in ORDER}
     totals: dict[str, int] = {}
     for state in ORDER:
@@ -48,7 +50,7 @@ def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: in
         if sum(map(len, by_status.values())) <= most:
             count = most
         for skill, item in by_status[state]:
-            row = {"skill": skill, "status": state or "measured", "id": item.get("id", "")}
+            row = {"skill": show.name(skill), "status": state or "measured", "id": item.get("id", "")}
             row |= {f: None if item.get(f) is None else clip(item[f], text) for f in FIELDS}
             row |= {f: item.get(f) for f in ("score_before", "score_after")}
             cost = 700 + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
@@ -57,7 +59,7 @@ def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: in
             room, left, count = room - cost, left - cost, count - 1
             chosen.append(row)
             shown[row["status"]] = shown.get(row["status"], 0) + 1
-    return Picked(chosen, totals, shown)
+    return Picked(chosen, totals, shown) if chosen else None
 
 
 def _status(item: Mapping[str, Any]) -> str | None:
@@ -65,7 +67,7 @@ def _status(item: Mapping[str, Any]) -> str | None:
 
 
 def differences(before: str | None, after: str | None) -> tuple[Markup, Markup]:
-    """Both texts escaped, with the words only one of them has marked. Unlike texts are left unmarked: a page of marks says nothing."""
+    """Both texts escaped, the words only one of them has marked. Unlike texts stay unmarked: a page of marks says nothing."""
     a, b = before or "", after or ""
     if a == b or not a or not b or len(a) + len(b) > 1600:
         return escape(a), escape(b)

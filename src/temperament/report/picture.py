@@ -52,11 +52,24 @@ def write(picture: str, out: Path | str) -> Path:
 
 def _page(parts: list[Markup], width: int, height: int, label: str) -> str:
     style = stylesheet().replace("@media screen {", "@media all {") + (
-        ".picture .title { font: 600 17px var(--serif); fill: var(--ink); } .picture .group { font: 11px var(--sans); fill: var(--soft); }"
-        ".picture .name { font: 600 13px var(--sans); fill: var(--ink); } .picture .value { font: 600 13px var(--sans); fill: var(--c); text-anchor: end; }"
+        ".picture .title { font: 600 17px var(--serif); fill: var(--ink); }"
+        ".picture .group { font: 11px var(--sans); fill: var(--soft); }"
+        ".picture > .name { font: 600 13px var(--sans); fill: var(--ink); }"
+        ".picture .value { font: 600 13px var(--sans); fill: var(--c); text-anchor: end; }"
     )
     frame = el("rect", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=11, fill="var(--card)", stroke="var(--line)")
     return str(
-        el("svg", el("style", Markup(style)), frame, *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}",
-           width=width, height=height, role="img", aria_label=label, class_="picture")
-    )  # fmt: skip
+        el(
+            "svg",
+            el("style", Markup(style)),
+            frame,
+            *parts,
+            xmlns="http://www.w3.org/2000/svg",
+            viewBox=f"0 0 {width} {height}",
+            width=width,
+            height=height,
+            role="img",
+            aria_label=label,
+            class_="picture",
+        )
+    )

@@ -40,6 +40,12 @@ def clip(text: Any, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
 
 
+def name(x: Any) -> str:
+    """A name short enough for a label."""
+    text = str(x)
+    return text if len(text) <= 64 else text[:60] + " …"
+
+
 def digits(x: float) -> str:
     """A short plain number: three significant digits, no exponent between 0.001 and a million."""
     if x == 0:

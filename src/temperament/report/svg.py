@@ -118,9 +118,17 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = 240) -> tuple[list[
 
 
 def lines(
-    series: Sequence[Series], label: str, *, percent: bool = False, y_range: tuple[float, float] | None = None, x_label: str = "step",
-    stages: Sequence[tuple[float, str]] = (), bar: tuple[float, str] | None = None, width: int = 360, height: int = 200,
-) -> Markup:  # fmt: skip
+    series: Sequence[Series],
+    label: str,
+    *,
+    percent: bool = False,
+    y_range: tuple[float, float] | None = None,
+    x_label: str = "step",
+    stages: Sequence[tuple[float, str]] = (),
+    bar: tuple[float, str] | None = None,
+    width: int = 360,
+    height: int = 200,
+) -> Markup:
     """Curves on one plane. `stages` are dotted verticals with a word, `bar` one strong vertical (the chosen point)."""
     xs = [v for s in series for v in s.x]
     ys = [v for s in series for v in s.y]
@@ -174,7 +182,7 @@ def marker(kind: str, x: object, y: object, classes: str, path: str | None = Non
 def track(
     before: float | None, after: float | None, ci: Sequence[float] | None, low: float, high: float, seen: str, label: str
 ) -> Markup:
-    """One skill: a hollow circle before, a shape after (up gained, down lost, diamond neither), a band for the interval of the change.
+    """One skill: a hollow circle before, a shape after (up gained, down lost, diamond neither), a band for its interval.
 
     Percentages, not pixels: it fills any width at one text size.
     """
@@ -210,7 +218,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def pareto(
     methods: Sequence[tuple[str, Sequence[tuple[float, float]]]], label: str, width: int = 420, height: int = 300
 ) -> Markup:
-    """Gain (up) against what was kept (right: lost nothing). A small mark a seed, a large one a method's mean, the front dashed."""
+    """Gain (up) against what was kept (right: lost nothing). Small marks are seeds, large ones means, dashed the front."""
     every = [p for _, points in methods for p in points]
     xs, ys = [p[0] for p in every] + [0.0], [p[1] for p in every]
     pad_x = 0.08 * ((max(xs) - min(xs)) or 0.1)

@@ -39,30 +39,42 @@ def skills(ledger: Mapping[str, Any], most: int = 200) -> dict[str, Any] | None:
         "groups": groups,
         "rows": rows[:most],
         "graded": graded,
-        "sentences": [(r["name"], r["sentence"]) for r in rows if r["sentence"]][:60],
     }
 
 
 def skill(s: Mapping[str, Any]) -> dict[str, Any]:
     """One skill, from as little as the contract's eleven fields."""
-    unit = s.get("unit", "points")
+    unit = str(s.get("unit") if s.get("unit") is not None else "points")
     up = s.get("higher_is_better", True)
-    before, after, change = (s.get(k) if is_number(s.get(k)) else None for k in ("before", "after", "change"))
+    before, after, change = (_number(s.get(k)) for k in ("before", "after", "change"))
     if change is None and before is not None and after is not None:
         change = after - before
     ci = s.get("ci95") if _pair(s.get("ci95")) else None
-    gain = change if up or change is None else -change
     span = ci if up or ci is None else [-ci[1], -ci[0]]
     seen = s.get("seen") or ("none" if span is None or span[0] <= 0 <= span[1] else "gained" if span[0] > 0 else "lost")
     seen = seen if seen in WORDS else "none"
+    floor = s.get("floor")
     row = {
-        "name": str(s.get("name", "?")), "role": s.get("role") if s.get("role") in ("target", "retained") else "other",
-        "metric": s.get("metric", ""), "unit": unit, "n": s.get("n"), "distance": s.get("distance") if s.get("distance") in NEAR else None,
-        "before": before, "after": after, "change": change, "gain": gain, "ci": ci, "gain_ci": span, "seen": seen, "up": up,
-        "kept": s.get("kept"), "gained": s.get("gained"), "lost": s.get("lost"), "sentence": s.get("sentence"),
-        "nll": _graded(s.get("nll")), "kl": _graded(s.get("kl")), "floor": s.get("floor") if isinstance(s.get("floor"), list) else None,
-        "before_ci": s.get("before_ci95"), "after_ci": s.get("after_ci95"), "power": s.get("power"), "set": s.get("kind") == "set",
-    }  # fmt: skip
+        "name": show.name(s.get("name", "?")),
+        "role": s.get("role") if s.get("role") in ("target", "retained") else "other",
+        "metric": str(s.get("metric") or ""),
+        "unit": unit,
+        "distance": s.get("distance") if s.get("distance") in tuple(NEAR) else None,
+        "before": before,
+        "after": after,
+        "change": change,
+        "gain": change if up or change is None else -change,
+        "ci": ci,
+        "gain_ci": span,
+        "seen": seen,
+        "up": up,
+        "set": s.get("kind") == "set",
+        "floor": str(floor[0]) if isinstance(floor, list) and floor else None,
+        "nll": _graded(s.get("nll")),
+        "kl": _graded(s.get("kl")),
+        "power": _number(s.get("power")),
+    }
+    row |= {k: s[k] if is_number(s.get(k)) else None for k in ("n", "kept", "gained", "lost")}
     low, high = 0.0, 1.0
     if unit != "points":
         ends = [v for v in (before, after) if v is not None] or [0.0, 1.0]
@@ -78,8 +90,12 @@ def skill(s: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _number(x: Any) -> float | None:
+    return x if is_number(x) else None
+
+
 def _graded(x: Any) -> Mapping[str, Any] | None:
-    return x if isinstance(x, Mapping) and is_number(x.get("change")) else None
+    return x if isinstance(x, Mapping) and all(is_number(x.get(k)) for k in ("before", "after", "change")) else None
 
 
 def _pair(x: Any) -> bool:
@@ -99,11 +115,17 @@ def headline(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
         seen = "none" if not known or ci[0] <= 0 <= ci[1] else "gained" if ci[0] > 0 else "lost"
         note = found[0]["name"] if len(found) == 1 else f"mean of {len(found)} skills"
         worst = min(found, key=lambda r: r["gain"])
-        out.append({
-            "value": show.signed(value), "ci": show.interval(ci) if known else "", "seen": seen, "title": title, "note": note,
-            "worst": f"worst: {worst['name']} {show.signed(worst['gain'])}" if len(found) > 1 and worst["gain"] < 0 else "",
-        })  # fmt: skip
-    flips = [r for r in rows if all(isinstance(r[k], int) for k in ("kept", "gained", "lost"))]
+        out.append(
+            {
+                "value": show.signed(value),
+                "ci": show.interval(ci) if known else "",
+                "seen": seen,
+                "title": title,
+                "note": note,
+                "worst": f"worst: {worst['name']} {show.signed(worst['gain'])}" if len(found) > 1 and worst["gain"] < 0 else "",
+            }
+        )
+    flips = [r for r in rows if all(r[k] is not None for k in ("kept", "gained", "lost"))]
     if flips:
         out.append(
             {
@@ -145,13 +167,18 @@ def matrix(m: Any, most: int = 3000) -> dict[str, Any] | None:
                 if gain
                 else 1
             )
-            cells.append({
-                "text": show.level(value, units[k]), "alpha": f"{min(1.0, abs(gain) / (scale or 1)) ** 0.7 * 0.6:.2f}" if gain else "0",
-                "seen": "none" if not gain or abs(gain) < 0.005 * (scale or 1) else "gained" if gain > 0 else "lost",
-                "learned": (m.get("learned") or {}).get(skill_name) == name,
-                "title": f"{skill_name} after {name}: {show.level(value, units[k])}" + ("" if gain is None else f" ({show.signed(gain, units[k])})"),
-            })  # fmt: skip
-        rows.append({"name": name, "cells": cells})
+            strength = min(1.0, abs(gain) / (scale or 1)) if gain else 0.0
+            moved = "" if gain is None else f" ({show.signed(gain, units[k])})"
+            cells.append(
+                {
+                    "text": show.level(value, units[k]),
+                    "alpha": f"{strength**0.7 * 0.6:.2f}",
+                    "seen": "none" if not gain or abs(gain) < 0.005 * (scale or 1) else "gained" if gain > 0 else "lost",
+                    "learned": (m.get("learned") or {}).get(skill_name) == name,
+                    "title": f"{show.name(skill_name)} after {show.name(name)}: {show.level(value, units[k])}{moved}",
+                }
+            )
+        rows.append({"name": show.name(name), "cells": cells})
     facts = []
     words = {
         "backward_transfer": ("Backward transfer", "what later steps did to targets learned earlier"),
@@ -168,7 +195,7 @@ def matrix(m: Any, most: int = 3000) -> dict[str, Any] | None:
         )
     roles = dict(zip(m["skills"], m.get("roles") or [], strict=False))
     return {
-        "skills": [{"name": s, "role": roles.get(s, "")} for s in columns],
+        "skills": [{"name": show.name(s), "role": roles.get(s, "")} for s in columns],
         "rows": rows,
         "facts": facts,
         "left": len(m["skills"]) - len(columns),
