@@ -283,6 +283,11 @@ def test_folders(tmp_path):
     with pytest.raises(UserError, match="test, train; choose one"):
         read_rows(tmp_path)
     assert [r.text for r in read_rows(tmp_path, split="train")] == ["a", "b"]
+    write(tmp_path / "data" / "more.jsonl", [{"text": "d"}])
+    (tmp_path / "data" / "train-0.jsonl").unlink()
+    (tmp_path / "data" / "train-1.jsonl").unlink()
+    with pytest.raises(UserError, match=r"files without a split in their names \(more.jsonl\)"):
+        read_rows(tmp_path)
     with pytest.raises(UserError, match="split is 'validation'"):
         read_rows(tmp_path, split="validation")
 

@@ -91,22 +91,37 @@ class Template:
         special = {*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)} - {tokenizer.unk_token}
         self._control = _any_of(special)  # what no message may contain
         self._tokens = _any_of(special | {str(t) for t in added})
-        self.end, self.tail = self._probe()
-        self.ends = tuple(dict.fromkeys(e for e in (self.end, tokenizer.eos_token, *ends) if e))
+        self.parts = False  # does it want content as a list of parts, as templates of vision-language models do?
+        stops = [e for e in (tokenizer.eos_token, *ends) if e]
+        run, self.tail = self._probe(stops)
+        self.end = "".join(run) or None  # what the template ends a turn with
+        self.ends = tuple(dict.fromkeys([*([self.end, run[0]] if run else ()), *stops]))
 
-    def _probe(self) -> tuple[str | None, str]:
-        """(the token the template ends a turn with, all it writes after the words of an answer)."""
-        try:
-            text, _ = self._render([{"role": "user", "content": "hello"}, {"role": "assistant", "content": _SENTINEL}])
-        except Exception:  # a template that refuses even this ends its turns with eos, or its rows will say why not
-            return self.tokenizer.eos_token, ""
+    def _probe(self, stops: list[str]) -> tuple[list[str], str]:
+        """(the tokens the template ends a turn with, all it writes after the words of an answer): adjacent tokens, up to the
+        first at which generation stops."""
+        for self.parts in (False, True):
+            try:
+                text, _ = self._render([{"role": "user", "content": "hello"}, {"role": "assistant", "content": _SENTINEL}])
+            except Exception:  # what it dislikes is said of each row that it refuses
+                continue
+            if _SENTINEL in text:
+                break
+        else:
+            self.parts = False
+            return [], ""
         tail = text.rpartition(_SENTINEL)[2]
-        found = self._tokens.search(tail)
-        return (found.group() if found else tail.strip() or None), tail
+        run, found = [], self._tokens.search(tail)
+        while found and not (run and run[-1] in stops):
+            run.append(found.group())
+            found = self._tokens.match(tail, found.end())
+        return run or [t for t in [tail.strip()] if t], tail
 
     def _render(self, messages, tools=None, options=None, generate=False):
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if self.parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         texts, spans = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -136,9 +151,11 @@ class Template:
         messages = self.plain_messages(example, messages)
         text, marked = self.render(example, messages)
         open_end = False
-        if self.marked:
-            ranges = self._from_markers(example, messages, trained, text, marked)
-        else:
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        marked = [(a, b) for a, b in marked if b > a]
+        if self.marked and (len(marked) == len(turns) or trained == turns):
+            ranges = self._from_markers(example, messages, turns, trained, text, marked)
+        else:  # no marks, or more of them than answers of which only some are wanted
             ranges, text, open_end = self._from_prefixes(example, messages, trained, text)
         spans = tuple(Span(a, b, weights[i]) for i, a, b in ranges)
         return Rendered(text, spans, self._roles(messages, text), open_end)
@@ -170,12 +187,14 @@ class Template:
                 raise refuse(i, UNLIKE_ITS_PROMPT, "give a chat_template: with {% generation %} markers")
             turn, start = after[len(before) :], len(before)
             stops = [(turn.find(e), -len(e)) for e in self.ends if e in turn]
+            said = len(after.removesuffix(self.tail))
             if stops:
                 end = start + min(stops)[0] - min(stops)[1]
+            elif not last and self.end is None and (stop := next((e for e in self.ends if text.startswith(e, said)), None)):
+                after, end = text, said + len(stop)  # the header of the next turn is where generation stops (GLM)
             elif last and self.end is None:
                 # What the template adds after an answer is white space: cut off, and eos takes its place.
-                end = len(after.removesuffix(self.tail))
-                text, open_end = after[:end], True
+                text, end, open_end = after[:said], said, True
             else:
                 raise refuse(i, NO_END, "say mask: last, or let the template write {{ eos_token }}")
             if not text.startswith(after[:end]):
@@ -184,26 +203,30 @@ class Template:
             ranges.append((i, start, end))
         return ranges, text, open_end
 
-    def _from_markers(self, example, messages, trained, text, marked):
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        marked = [(a, b) for a, b in marked if b > a]
-        if len(marked) != len(turns) and set(trained) != set(turns):
-            why = f"the chat template marks {len(marked)} spans for {len(turns)} answers, so they cannot be told apart"
-            raise BadExample(example, why, "say mask: assistant, or use a template without markers")
+    def _from_markers(self, example, messages, turns, trained, text, marked):
         if not marked:
             raise BadExample(example, "the chat template marks nothing of this conversation as generated")
-        ranges = []
-        for n, (a, b) in enumerate(marked):
-            i = turns[n] if len(marked) == len(turns) else trained[-1]
-            if i not in trained:
-                continue
-            if not text[a:b].rstrip().endswith(self.ends):
-                following = b + len(text[b:]) - len(text[b:].lstrip())
-                b = next((following + len(e) for e in self.ends if text.startswith(e, following)), b)
-            if len(marked) == len(turns):
-                self._check_kept(example, messages[i], i, text[a:b])
-            ranges.append((i, a, b))
+        one_each = len(marked) == len(turns)
+        owners = turns if one_each else [trained[-1]] * len(marked)
+        ranges = [(i, a, self._with_end(text, a, b)) for i, (a, b) in zip(owners, marked, strict=True) if i in trained]
+        for i in trained:
+            written = "".join(text[a:b] for owner, a, b in ranges if owner == i or not one_each)
+            self._check_kept(example, messages[i], i, written)
         return ranges
+
+    def _with_end(self, text: str, a: int, b: int) -> int:
+        """Where a marked span [a, b) ends once the end of the turn is part of it."""
+        whole = tuple(e for e in self.ends if e == self.end or not (self.end or "").startswith(e))
+        if text[a:b].rstrip().endswith(whole):
+            return b
+        blank = len(text[b:]) - len(text[b:].lstrip())
+        for e in self.ends:
+            if text.startswith(e, b + blank):
+                return b + blank + len(e)
+            for inside in range(1, min(len(e), b - a)):  # the mark may stop between two tokens of the end
+                if text.startswith(e, b - inside):
+                    return b - inside + len(e)
+        return b
 
     def _check_kept(self, example, message, i, written):
         squeeze = lambda s: re.sub(r"\s+", "", s)

@@ -415,8 +415,9 @@ def _folder(path: Path, split) -> Iterator:
         files = [p for p in files if kinds[p] == split]
         if not files:
             raise UserError("split", split, f"{path} has {', '.join(there) or 'no files named after splits'}")
-    elif len(there) > 1:  # training on the test set by default is not a service
-        raise UserError("split", "not given", f"{path} has {', '.join(there)}; choose one")
+    elif len(set(kinds.values())) > 1:  # training on the test set by default is not a service
+        unnamed = next((f" and files without a split in their names ({p.name})" for p in files if kinds[p] is None), "")
+        raise UserError("split", "not given", f"{path} has {', '.join(there)}{unnamed}; choose one, or give the file")
     for p in files:
         yield from _file(p)
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-TRAINED, END = ("black on green3", "black on dark_sea_green2"), "bold white on dark_green"
+TRAINED, END = ("#000000 on #5fd787", "#000000 on #afffd7"), "bold #ffffff on #005f00"
 ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "prompt": "cyan", "tool": "yellow", "assistant": "white"}
 OTHER = "bright_black"
 PIECE = "▫"  # a token that is part of a character; the character stands with its last part
@@ -109,7 +109,7 @@ def totals_view(described: dict[str, Any], notes: list[str] | tuple[str, ...] = 
 
 def tokens_view(described: dict[str, Any], notes: list[str] | tuple[str, ...] = ()) -> RenderableType:
     """All of it: `console.print(tokens_view(describe(...), rows.notes))`."""
-    legend = Text("[[", style="bold green").append("trained", style=TRAINED[0]).append("]]", style="bold green")
+    legend = Text().append("[[", style="bold green").append("trained", style=TRAINED[0]).append("]]", style="bold green")
     legend.append("  ").append("end token", style=END).append("  ").append("asked", style="cyan").append("  ")
     legend.append("template", style=OTHER).append("   · blank   ↵ new line   → tab   ▫ part of a character", style="dim")
     shown = [example_view(s, i + 1) for i, s in enumerate(described["shown"])]

@@ -49,6 +49,7 @@ def test_a_file(base, tmp_path):
     batch = stream.batch(0, None)
     assert len(batch) == 4 and batch.extra[0]["source"] == "new" and batch.extra[0]["origin"].startswith(path)
     kept = {e.prompt for e in held_out(list(read_rows(path)), 0.1)[1]}
+    assert kept == {e.prompt for e in parts.build({"data.file": {"path": path}}).held()}
     seen = [base.tokenizer.decode(ids[mask]) for k in range(5) for ids, mask in zip(stream[k].ids, stream[k].mask, strict=True)]
     assert len(seen) == 18 and len(kept) == 2 and not any(s.startswith("<s>" + k) for k in kept for s in seen)
     ((event, data),) = ctx.told

@@ -91,6 +91,10 @@ class File:
             examples = [e for whole in examples for e in turns_apart(whole)]
         return examples, rows, len(kept_out)
 
+    def held(self, ctx: Any = None) -> list[Example]:
+        """The rows kept out of training, as read: what a suite measures the target by."""
+        return held_out(list(self.read(ctx)), self.holdout)[1]
+
     def encoding(self, base: Any) -> dict[str, Any]:
         """The options of `encode` for this base."""
         return {
