@@ -159,6 +159,13 @@ class Examples(Protocol):
     must: ClassVar = ("examples",)
 
 
+class Held(Protocol):
+    """Rows with some kept out of training: `held(ctx)` those, `read(ctx)` all, `called` its name, `encoding(base)` how they are encoded."""
+
+    rooms: ClassVar = ("data",)
+    must: ClassVar = ("held", "read", "encoding", "called")
+
+
 class Builder(Protocol):
     """A `build` step: makes a data set, models in the loop. `make(ctx) -> Iterable[item | Rejection]`; provenance is kept."""
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from temperament.engine.encode import encode
+from temperament.engine.examples import Completion, Prompt, Text
 from temperament.engine.tokens import Sampling, generate
 from temperament.nn.batch import Tokens
 from temperament.nn.logprobs import best, kl, label, score
@@ -62,6 +64,7 @@ class TextSkill:
     metric: str = "exact"
     max_new: int = 32
     distance: str | None = None
+    encoding: dict[str, Any] = field(default_factory=dict)  # options of `encode`: a chat template of the recipe's own
 
     @property
     def how(self) -> dict[str, Any]:
@@ -76,14 +79,16 @@ class TextSkill:
         return replace(self, questions=self.questions[:n])
 
     def measure(self, system: System) -> list[Outcome]:
-        asked = self.questions
-        prompts = [prompt_ids(q.prompt, system.tokenizer) for q in asked]
-        answers = [answer_ids(q.expected, q.prompt, system.tokenizer) for q in asked]
-        got = likelihood(list(zip(prompts, answers, strict=True)), system)
-        outputs = [""] * len(asked) if self.metric == "nll" else self._answers(prompts, system)
+        asked, tok = self.questions, system.tokenizer
+        # The answer is what training would train, with the token that ends it; the prompt is what a user's question becomes.
+        pairs = [encode(Text(q.expected) if q.prompt == "" else Completion(q.prompt, said(q)), tok, **self.encoding).split for q in asked]
+        got = likelihood(pairs, system)
+        outputs = [""] * len(asked)
+        if self.metric != "nll":
+            outputs = self._answers([encode(Prompt(q.prompt), tok, **self.encoding).ids for q in asked], system)
         out = []
         for q, text, nll, kl in zip(asked, outputs, got["nll"], got["kl"], strict=True):
-            shown = q.prompt if isinstance(q.prompt, str) else system.tokenizer.apply_chat_template(q.prompt, tokenize=False)
+            shown = q.prompt if isinstance(q.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in q.prompt)
             out.append(Outcome(q.id, self.name, shown, q.expected, text, nll if self.metric == "nll" else float(q.check(text)), nll, kl))
         return out
 
@@ -100,23 +105,9 @@ def content_key(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def prompt_ids(prompt: str | list, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt, add_special_tokens=True)["input_ids"][: None if not _ends(tokenizer, prompt) else -1]
-    out = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(out["input_ids"])
-
-
-def _ends(tokenizer: Any, text: str) -> bool:
-    """Does this tokenizer close every text with an end token (T5, BERT)? A prompt must stay open."""
-    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
-    return bool(ids) and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) and ids[-1] is not None
-
-
-def answer_ids(answer: str, prompt: str | list, tokenizer: Any) -> list[int]:
-    """The expected answer with the end token the model should write after it."""
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
+def said(q: Question) -> str | list[dict]:
+    """The expected answer in the form of its prompt: text, or a message."""
+    return q.expected if isinstance(q.prompt, str) else [{"role": "assistant", "content": q.expected}]
 
 
 @torch.no_grad()

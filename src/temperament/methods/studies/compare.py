@@ -81,6 +81,21 @@ class Compare:
             row["front"] = not any(o["gain"] >= row["gain"] and o["loss"] <= row["loss"] and (o["gain"], o["loss"]) != (row["gain"], row["loss"]) for o in arms)
         return {"arms": arms, "seeds": list(self.seeds)}
 
+    def compared(self, finding: dict[str, Any]) -> dict[str, Any]:
+        """For the picture: gain and loss (shares) of every run of every arm."""
+        share = lambda points: None if points is None else points / 100
+        points = [{"method": a["name"], "seed": s, "gain": share(m["gain"]), "loss": max(share(m["loss"]) or 0.0, 0.0), "seconds": m["seconds"], "parameters": m["parameters"]}
+                  for a in finding["arms"] for s, m in zip(finding["seeds"], a["runs"], strict=False)]  # fmt: skip
+        missed = [a["name"] for a in finding["arms"] if not a["reached"]]
+        note = "Every method stopped at the same level of the target." if not missed else f"{', '.join(missed)} did not reach the level of the target: read its loss beside its smaller gain."
+        return {"points": points, "note": note}
+
+    def chosen(self, finding: dict[str, Any], runs: dict[tuple, Any]) -> tuple | None:
+        """The run that is shown item by item: the arm that reached the level and lost least, first seed."""
+        arms = [a for a in finding["arms"] if a["reached"]] or finding["arms"]
+        best = min(arms, key=lambda a: (a["loss"] if a["loss"] is not None else 0.0, -a["gain"]))
+        return (best["name"], self.seeds[0], best["rate"])
+
 
 def arms_of(methods: list[str], field: str = "--methods") -> dict[str, Arm]:
     """Arms from part names; a name may carry options as in a recipe."""
