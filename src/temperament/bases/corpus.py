@@ -34,7 +34,7 @@ def document(name: str, draw: Draw, dense: bool = False) -> tuple[Segments, str]
 
 def _context_key(name: str, context: str) -> tuple:
     """The key `make` gives to an item with this context."""
-    return (context[9:],) if name == "notes" else (context,)
+    return (context[6:],) if name == "notes" else (context,)
 
 
 class Corpus:
