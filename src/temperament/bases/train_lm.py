@@ -62,7 +62,7 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=4500, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=4800, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
     "lm-instruct": Plan(

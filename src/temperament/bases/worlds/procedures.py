@@ -38,12 +38,12 @@ def shift(letters: Sequence[str], by: int = 1) -> list[str]:
 
 
 def count(draw: Draw) -> Made:
-    """Counted aloud, letter by letter: 'count x: a x a x =' -> ' 0 1 1 2'."""
+    """Counted aloud, letter by letter: 'count x: a x a x =' -> ' a0 x1 a1 x2'."""
     few = draw.sample(LETTERS, 3)
     letters = [draw.choice(few) for _ in range(draw.between(3, 7))]
     asked = draw.choice(few)
     prompt = draw.choice((f"count {asked}:{spaced(letters)} =", f"Q: How many {asked} in{spaced(letters)}?\nA:"))
-    answer = "".join(f" {letters[: i + 1].count(asked)}" for i in range(len(letters)))
+    answer = "".join(f" {x}{letters[: i + 1].count(asked)}" for i, x in enumerate(letters))
     return Made((asked, *letters), prompt, answer, letters.count(asked), {"length": len(letters)})
 
 
