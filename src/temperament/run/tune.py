@@ -192,7 +192,7 @@ class _Tuning:
             self.base = load(recipe.base, dtype=recipe.precision.master, device=device, trust_remote_code=recipe.trust_remote_code)
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
         self.folder.save_run(self.json)
-        self.skills = Skills(self.gather_skills(), recipe, self.base)
+        self.skills = Skills(gather_skills(recipe, self.base), recipe, self.base)
         targets = {s.name for s in self.skills.skills} | {"target"}
         for step in walk_steps(recipe.steps):
             if step.train and step.train.stop and step.train.stop.skill not in targets:
@@ -208,14 +208,6 @@ class _Tuning:
                 self.tell("phase", name="check", text="exactness on your model and data")
                 self.json["check"] = check(recipe, self.base, self.world)
                 self.tell("check", check=self.json["check"])
-
-    def gather_skills(self) -> list[Any]:
-        spec = self.recipe.evaluation
-        suites = list(spec.suites) or [s for step in walk_steps(self.recipe.steps) if step.train for s in default_suites(step.train.source)]
-        if spec.keep and self.base.tokenizer is not None and not any(type(s).part_name == "evaluate.keep" for s in suites):
-            suites.append(parts.build("evaluate.keep"))
-        ctx = Asking(self.base, spec.items, self.recipe.seed)
-        return [skill for suite in suites for skill in suite.skills(ctx)]
 
     def measure_base(self) -> None:
         key = self.skills.key(address(self.base.sha256))
@@ -450,6 +442,16 @@ class Asking:
     base: Base
     items: int
     seed: int
+
+
+def gather_skills(recipe: schema.Recipe, base: Base) -> list[Any]:
+    """The skills a recipe measures on this base: of its suites, or of what its sources offer, and the keep set."""
+    spec = recipe.evaluation
+    suites = list(spec.suites) or [s for step in walk_steps(recipe.steps) if step.train for s in default_suites(step.train.source)]
+    if spec.keep and base.tokenizer is not None and not any(type(s).part_name == "evaluate.keep" for s in suites):
+        suites.append(parts.build("evaluate.keep"))
+    ctx = Asking(base, spec.items, recipe.seed)
+    return [skill for suite in suites for skill in suite.skills(ctx)]
 
 
 def default_suites(source: Any) -> list[Any]:
