@@ -111,6 +111,32 @@ def get(name: str, field: str = "part") -> type:
     return cls
 
 
+def brief() -> dict[str, dict[str, Any]]:
+    """Name -> {"summary", "papers"} of every part, read from the text of the files: nothing is imported."""
+    told = {}
+    for name, where in index().items():
+        module, _, cls = where.partition(":")
+        text = _text_of(module)
+        head = next((m for m in _FULL.finditer(text) if m[1] == name), None)
+        papers = re.search(r"papers\s*=\s*[\[(]([^\])]*)", head[2]) if head else None
+        doc = re.search(rf'^class {re.escape(cls)}\b.*?:\s*\n\s+r?"""\s*(.+?)\s*(?:"""|$)', text, re.M) if head else None
+        told[name] = {"summary": doc[1] if doc else "", "papers": re.findall(r"[\"']([^\"']+)[\"']", papers[1]) if papers else []}
+    return told
+
+
+def _text_of(module: str) -> str:
+    import importlib.util
+
+    here = METHODS.parent / Path(*module.split(".")[1:]).with_suffix(".py")
+    if module.startswith("temperament.") and here.exists():
+        return here.read_text(encoding="utf-8")
+    try:
+        found = importlib.util.find_spec(module)
+        return Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+    except (ImportError, OSError, ValueError):
+        return ""
+
+
 def names(room: str | None = None) -> list[str]:
     return sorted(n for n in index() if room is None or n.startswith(room + "."))
 
@@ -118,7 +144,7 @@ def names(room: str | None = None) -> list[str]:
 def card(name: str) -> Card:
     cls = get(name)
     doc = (cls.__doc__ or "").strip()
-    described = _option_help(cls)
+    described = option_help(cls)
     options = {}
     for f, hint in _hints(cls).items():
         default = _default(f)
@@ -127,7 +153,7 @@ def card(name: str) -> Card:
                 cls.part_modalities, cls.part_declares, options)  # fmt: skip
 
 
-def _option_help(cls: type) -> dict[str, str]:
+def option_help(cls: type) -> dict[str, str]:
     """The comment behind each field is its help: written once, where the field is."""
     import inspect
 
@@ -180,7 +206,7 @@ def fill(cls: type, options: Any, field: str, scheduled: bool = False) -> Any:
         filled[key] = coerce(given, hints[key][1], f"{field}.{key}".lstrip("."), scheduled)
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
-            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {_option_help(cls).get(key) or 'give a value'}")
+            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
     try:
         return cls(**filled)
     except (ValueError, TypeError) as problem:
