@@ -45,7 +45,7 @@ class Reopened:
     delta: Delta
 
     def skills(self) -> Skills:
-        return Skills(gather_skills(self.recipe, self.base), self.recipe, self.base)
+        return skills_of(self.recipe, self.base)
 
 
 def reopen(run: str | Path, device: str = "auto") -> Reopened:

@@ -7,6 +7,7 @@ from typing import Any
 from temperament.errors import UserError
 from temperament.parts import build, part
 from temperament.protocols import Trainable
+from temperament.stats import t_interval
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Compare:
             row: dict[str, Any] = {"name": name, "rate": rate, "runs": mine, "reached": all(m["reached"] for m in mine)}
             for what in ("target", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters"):
                 values = [m[what] for m in mine if m.get(what) is not None]
-                row[what], row[f"{what}_ci95"] = interval(values) if values else (None, None)
+                row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
             arms.append(row)
         for row in arms:
             row["front"] = not any(o["gain"] >= row["gain"] and o["loss"] <= row["loss"] and (o["gain"], o["loss"]) != (row["gain"], row["loss"]) for o in arms)
@@ -133,13 +134,3 @@ def _as_rate(old: Any, new: Any) -> Any:
         top = next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
         return times(old, new / top)
     return new
-
-
-def interval(values: list[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean and its 95 % t interval; None with a single value."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, None
-    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}.get(n - 1, 1.96 + 2.4 / (n - 1))
-    half = t * (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
-    return mean, (mean - half, mean + half)
