@@ -118,7 +118,7 @@ def names(room: str | None = None) -> list[str]:
 def card(name: str) -> Card:
     cls = get(name)
     doc = (cls.__doc__ or "").strip()
-    described = _option_help(cls)
+    described = option_help(cls)
     options = {}
     for f, hint in _hints(cls).items():
         default = _default(f)
@@ -127,7 +127,7 @@ def card(name: str) -> Card:
                 cls.part_modalities, cls.part_declares, options)  # fmt: skip
 
 
-def _option_help(cls: type) -> dict[str, str]:
+def option_help(cls: type) -> dict[str, str]:
     """The comment behind each field is its help: written once, where the field is."""
     import inspect
 
@@ -180,7 +180,7 @@ def fill(cls: type, options: Any, field: str, scheduled: bool = False) -> Any:
         filled[key] = coerce(given, hints[key][1], f"{field}.{key}".lstrip("."), scheduled)
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
-            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {_option_help(cls).get(key) or 'give a value'}")
+            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
     try:
         return cls(**filled)
     except (ValueError, TypeError) as problem:
