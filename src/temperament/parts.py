@@ -111,6 +111,32 @@ def get(name: str, field: str = "part") -> type:
     return cls
 
 
+def brief() -> dict[str, dict[str, Any]]:
+    """Name -> {"summary", "papers"} of every part, read from the text of the files: nothing is imported."""
+    told = {}
+    for name, where in index().items():
+        module, _, cls = where.partition(":")
+        text = _text_of(module)
+        head = next((m for m in _FULL.finditer(text) if m[1] == name), None)
+        papers = re.search(r"papers\s*=\s*[\[(]([^\])]*)", head[2]) if head else None
+        doc = re.search(rf'^class {re.escape(cls)}\b.*?:\s*\n\s+r?"""\s*(.+?)\s*(?:"""|$)', text, re.M) if head else None
+        told[name] = {"summary": doc[1] if doc else "", "papers": re.findall(r"[\"']([^\"']+)[\"']", papers[1]) if papers else []}
+    return told
+
+
+def _text_of(module: str) -> str:
+    import importlib.util
+
+    here = METHODS.parent / Path(*module.split(".")[1:]).with_suffix(".py")
+    if module.startswith("temperament.") and here.exists():
+        return here.read_text(encoding="utf-8")
+    try:
+        found = importlib.util.find_spec(module)
+        return Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+    except (ImportError, OSError, ValueError):
+        return ""
+
+
 def names(room: str | None = None) -> list[str]:
     return sorted(n for n in index() if room is None or n.startswith(room + "."))
 

@@ -129,7 +129,8 @@ def count(n: float) -> str:
 
 # ---- the text ---------------------------------------------------------------------------------------------------------------
 
-HIDDEN = {"players", "aides", "inference", "log_with", "trust_remote_code", "ema", "keep", "save", "regularizers", "when", "start", "ledger", "stop"}
+HIDDEN = {"players", "aides", "inference", "log_with", "trust_remote_code", "ema", "Train.keep", "save", "when", "start", "ledger"}
+OFFERED = {"Train.regularizers": "[{regularizers.kl: {weight: 0.1}}]", "Train.stop": "{skill: target, reach: 0.9}"}  # written as comments
 COLUMN = 58  # where comments begin
 
 
@@ -149,7 +150,11 @@ def _mapping(value: Any, given: Any, pad: str, lines: list[str]) -> None:
             continue
         mine = given.get(f.name) if isinstance(given, dict) else None
         inner = getattr(value, f.name)
-        if mine is None and (f.name in HIDDEN or inner is None or inner in ({}, "", [], ())):
+        called = f"{type(value).__name__}.{f.name}"
+        if mine is None and called in OFFERED:
+            _line(f"{pad}# {f.name}: {OFFERED[called]}", helps.get(f.name, ""), lines)
+            continue
+        if mine is None and (f.name in HIDDEN or called in HIDDEN or inner is None or inner in ({}, "", [], ())):
             continue
         _entry(f.name, inner, mine, pad, lines, helps.get(f.name, ""))
 
