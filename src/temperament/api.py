@@ -5,7 +5,6 @@ They put the floors together - a run and its report - and decide nothing themsel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from temperament.run.generate import generate
 from temperament.run.merge import merge
 from temperament.run.tune import Run
 from temperament.run.tune import tune as carry_out
-from temperament.train.checkpoint import write_atomic
 
 Tell = Callable[..., None]
 RecipeLike = str | Path | Mapping[str, Any] | schema.Recipe
@@ -48,13 +46,10 @@ def tune(
 
 
 def _report(run: Run, tell: Tell) -> None:
-    """items.json and report.html. The run is done by now: a report that cannot be drawn is said and harms nothing."""
+    """report.html. The run is done by now: a report that cannot be drawn is said and harms nothing."""
     from temperament.report import read_run, render
 
     try:
-        if run.ledger is not None:
-            items = {s: run.ledger.items(s) for s in run.ledger.skills}
-            write_atomic(run.folder / "items.json", json.dumps(items, default=str))
         render(read_run(run.folder), run.folder / "report.html")
     except TemperError:
         raise
@@ -135,11 +130,17 @@ def look(data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, lim
     return {"data": data, "shape": rows.shape, "columns": list(rows.columns), "notes": list(rows.notes), **describe(list(rows), tokenizer, n, rows.bad, **options)}
 
 
-def compare(recipe: RecipeLike, methods: Sequence[Any], *, seeds: Sequence[int] = (0,), out: str | Path | None = None, tell: Tell = silent, **how: Any) -> dict[str, Any]:
-    """Train several methods to the same gain and compare what each lost."""
-    from temperament.run.compare import compare as study
+def compare(recipe: RecipeLike, methods: Sequence[Any], *, seeds: Sequence[int] = (0,), out: str | Path | None = None, overrides: Iterable[str] = (),
+            tell: Tell = silent) -> dict[str, Any]:  # fmt: skip
+    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost; finished runs are taken as they are."""
+    from temperament.methods.studies.compare import Compare, arms_of
+    from temperament.run.artefacts import address
+    from temperament.run.study import carry_out as study
 
-    return study(recipe, methods, seeds=seeds, out=out, tell=tell, **how)
+    spec = schema.read(recipe, overrides)
+    planned = Compare(arms_of(list(methods)), list(seeds))
+    out = Path(out) if out is not None else Path("runs") / f"compare-{address(spec.plain(), list(methods), list(seeds))[:12]}"
+    return {"out": str(out), **study(planned, spec, out, tell)}
 
 
 def claim(paper: str | None = None, **how: Any) -> Any:

@@ -25,7 +25,7 @@ class UserError(TemperError):
     def __init__(self, field: str, value: object, mend: str):
         self.field, self.value, self.mend = field, value, mend
         shown = repr(value) if not isinstance(value, str) or len(value) < 120 else repr(value[:117] + "...")
-        super().__init__(f"{field} is {shown}: {mend}.")
+        super().__init__(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}")
 
 
 class WorkFailed(TemperError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import keyword
 import os
@@ -78,6 +79,14 @@ COMMON = (
 )
 
 
+class Wrong(UserError):
+    """A request that is wrong as a line of words; the sentence is written out."""
+
+    def __init__(self, sentence: str, field: str, value: object, mend: str):
+        super().__init__(field, value, mend)
+        self.args = (sentence,)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose complaints are ours."""
 
@@ -90,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
         kind = {"int": "a whole number", "float": "a number"}.get((re.search(r"invalid (\w+) value", what) or ["", ""])[1])
         if value and kind:
             raise UserError(field, value[1], f"give {kind}")
-        raise UserError(field, None, f"{what or message}; see temper {self.verb} --help")
+        raise Wrong(f"{field}: {what or message}; see temper {self.verb} --help.", field, None, what or message)
 
 
 def parse(verb: str, options: Sequence[Opt], argv: list[str]) -> argparse.Namespace:
@@ -105,9 +114,11 @@ def parse(verb: str, options: Sequence[Opt], argv: list[str]) -> argparse.Namesp
     for word in unknown:
         name = word.split("=")[0]
         if word.startswith("-") and len(name) > 1:
-            raise UserError(f"temper {verb}", name, f"no such option; {_meant(name, [o.name for o in known if not o.placed])}")
+            mend = _meant(name, [o.name for o in known if not o.placed])
+            raise Wrong(f"temper {verb} has no option {name!r}: {mend}", f"temper {verb}", name, mend)
         takes = " ".join(o.usage for o in options if o.placed) or "nothing"
-        raise UserError(f"temper {verb}", word, f"one word too many; it takes {takes} (quote what has blanks)")
+        mend = f"it takes {takes}; quote what has blanks"
+        raise Wrong(f"temper {verb}: {word!r} is one word too many: {mend}.", f"temper {verb}", word, mend)
     for option in options:
         value = getattr(given, option.dest)
         if option.choices and value is not None and value not in option.choices:
@@ -118,18 +129,23 @@ def parse(verb: str, options: Sequence[Opt], argv: list[str]) -> argparse.Namesp
 def _meant(name: str, known: list[str]) -> str:
     plain = name.lstrip("-").replace("_", "-").lower()
     ours = f"--{MEMORY.get(plain, plain)}"
-    if ours in known:
-        return f"did you mean {ours!r}?"
-    return nearest(ours, known)
+    close = [ours] if ours in known else difflib.get_close_matches(ours, known, n=2, cutoff=0.7)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if "--set" in known:
+        return "what is trained and how stands in the recipe; change an entry for one run with --set KEY=VALUE."
+    return f"it takes {', '.join(k for k in known if k != '--help')}."
 
 
 def need(verb: str, a: argparse.Namespace, *dests: str) -> None:
     """Refuse to go on without these."""
-    options = {o.dest: o for o in (*cli.module(verb).OPTIONS, *COMMON)}
+    options = {o.dest: o for o in cli.module(verb).OPTIONS}
     for dest in dests:
         if getattr(a, dest) in (None, [], ""):
             o = options[dest]
-            raise UserError(f"temper {verb}", "missing " + (o.usage if o.placed else o.name), f"give {o.help.split(';')[0].split('. ')[0].rstrip('.')}")
+            called = o.usage if o.placed else o.name
+            what = o.help.split("; ")[0].split(". ")[0].rstrip(".")
+            raise Wrong(f"temper {verb} needs {called}: {what}.", called, None, what)
 
 
 # ---- carrying out ----------------------------------------------------------------------------------------------------------
@@ -152,7 +168,8 @@ def carry_out(argv: list[str]) -> int:
             return 0
         verb, *rest = argv
         if verb not in cli.ALL:
-            raise UserError("temper", verb, f"no such verb; {nearest(verb, cli.ALL)}")
+            mend = nearest(verb, cli.ALL)
+            raise Wrong(f"temper has no verb {verb!r}: {mend}", "temper", verb, mend)
         if "-h" in rest or "--help" in rest:
             say.print(helps.of_verb(verb))
             return 0

@@ -56,6 +56,8 @@ class Live(AbstractContextManager):
         self.line("check", check_line(check))
 
     def on_measure(self, skill: str, done: int, total: int, **_: Any) -> None:
+        if done == 0:
+            self.began = time.monotonic()
         self._moving("measure", skill, total, done)
 
     def on_measured(self, row: str, results: dict[str, Any], cached: bool = False, **_: Any) -> None:

@@ -42,4 +42,4 @@ def show(data: list[dict[str, Any]], say: Say, a: Any) -> None:
             room = d["room"]
             say.out.print(f"\n[bold]{room}[/bold]" if d is not data[0] else f"[bold]{room}[/bold]")
         text = d["summary"] if len(d["summary"]) <= width else d["summary"][: width - 1].rsplit(" ", 1)[0].rstrip(".,:;") + " …"
-        say.out.print(Text.assemble(f"  {d['name']:<{left - 2}}", (text, "dim")), soft_wrap=True)
+        say.out.print(Text.assemble(f"  {d['name']:<{left}}", (text, "dim")), soft_wrap=True)

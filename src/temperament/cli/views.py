@@ -51,7 +51,7 @@ def within(point: dict[str, Any], budget: float) -> bool:
 
 
 def points(x: float) -> str:
-    return f"{x:+.1f} points".replace("-", "−")
+    return f"{signed(x)} points"
 
 
 def percent(x: float | None) -> str:
@@ -96,3 +96,36 @@ def short(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return ", ".join(f"{k} {short(v)}" for k, v in value.items()) if isinstance(value, dict) else ", ".join(map(short, value))
     return str(value)
+
+
+def signed(x: float | None) -> str:
+    return "–" if x is None else f"{x:+.1f}".replace("-", "−")
+
+
+def level(x: float | None, unit: str) -> str:
+    return percent(x) if unit == "points" else "–" if x is None else f"{x:.3f} {unit}".rstrip()
+
+
+def interval(ci: Any, unit: str) -> str:
+    if not ci:
+        return ""
+    low, high = (100 * v if unit == "points" else v for v in ci)
+    return f"{low:.0f} to {high:.0f}" if unit == "points" else f"{low:.3f} to {high:.3f}"
+
+
+def duration(seconds: float) -> str:
+    from temperament.cli.live import duration as shown
+
+    return shown(seconds)
+
+
+def mark(ok: bool) -> Any:
+    from rich.text import Text
+
+    return Text("✓", "bold green") if ok else Text("✗", "bold red")
+
+
+def certified(certificate: dict[str, Any], path: Any, say: Say) -> None:
+    """What was written, and that it was reloaded and compared."""
+    place("written", path, say)
+    say.out.print("[dim]checked   reloaded in a fresh process and compared with the live model; certificate.json says how closely[/dim]")

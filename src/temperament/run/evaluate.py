@@ -9,7 +9,7 @@ from typing import Any
 
 from temperament import parts
 from temperament.engine.measure import Pure
-from temperament.errors import UserError
+from temperament.errors import UserError, nearest
 from temperament.protocols import Suite
 from temperament.run import recipe as schema
 from temperament.run.ledger import Ledger
@@ -75,4 +75,7 @@ def suite(given: Any) -> Any:
             given = f"evaluate.{given}"
         elif given not in parts.index() and Path(given).exists():
             given = {"evaluate.file": {"path": given, "rows": "all", "role": "other"}}
+        elif given not in parts.index():
+            known = [n.removeprefix("evaluate.") for n in parts.names("evaluate")]
+            raise UserError("--suite", given, f"neither a suite nor a file; {nearest(given.removeprefix('evaluate.'), known)}")
     return parts.build(given, Suite, "--suite")

@@ -56,16 +56,17 @@ def write(
     for name, value in (("--steps", steps), ("--epochs", epochs), ("--lr", lr), ("--batch", batch)):
         if value is not None and not value > 0:
             raise UserError(name, value, "give a number above 0")
-    parts.build(method, Trainable, "--method")
+    factor = getattr(type(parts.build(method, Trainable, "--method")), "rate_factor", 1.0)
     size = size_of(base)
-    document = _document(kind, base, data, method, steps, epochs, lr or rate(kind, method, size), batch, reward, seed)
+    document = _document(kind, base, data, method, steps, epochs, lr or rate(kind, size, factor), batch, reward, seed)
     return _heading(kind, size, method) + commented(schema.read(document), document)
 
 
-def rate(kind: str, method: str, size: float | None) -> float:
-    """A gentle learning rate for a base of so many parameters (unknown: a billion)."""
+def rate(kind: str, size: float | None, factor: float = 1.0) -> float:
+    """A gentle learning rate for a base of so many parameters (unknown: a billion). factor: the method's usual rate over that of
+    full tuning, as it says of itself."""
     full = next(lr for most, lr in RATES if (size or 1e9) <= most)
-    return float(f"{full * (10 if method.startswith('adapters.') else 1) * (0.1 if kind in ('dpo', 'grpo') else 1):.1g}")
+    return float(f"{full * factor * (0.1 if kind in ('dpo', 'grpo') else 1):.1g}")
 
 
 def _document(kind: str, base: str, data: str, method: str, steps: Any, epochs: Any, lr: float, batch: Any, reward: str, seed: int) -> dict[str, Any]:
