@@ -14,7 +14,7 @@ from temperament.protocols import Suite
 from temperament.run import recipe as schema
 from temperament.run.ledger import Ledger
 from temperament.run.reopen import subject
-from temperament.run.tune import Skills, gather_skills
+from temperament.run.tune import Skills, skills_of
 
 
 def evaluate(
@@ -38,7 +38,7 @@ def evaluate(
     spec = schema.Evaluation(suites=built, items=items, batch=batch, keep=not built)
     recipe = schema.Recipe(base=base.id, seed=seed, evaluation=spec)
     with base.at("base"):  # the keep set is what the pure base writes
-        skills = Skills(gather_skills(recipe, base), recipe, base)
+        skills = skills_of(recipe, base)
     rows = {}
     if base.originals:
         rows["base"] = _measure(skills, Pure(base), tell, "base")

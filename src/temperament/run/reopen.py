@@ -13,7 +13,7 @@ from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder
 from temperament.run.export import read_folder
 from temperament.run.state import place_on
-from temperament.run.tune import Run, Skills, gather_skills
+from temperament.run.tune import Run, Skills, skills_of
 
 
 def subject(model: Any, device: str = "auto", trust_remote_code: bool = False) -> Base:
@@ -45,7 +45,7 @@ class Reopened:
     delta: Delta
 
     def skills(self) -> Skills:
-        return Skills(gather_skills(self.recipe, self.base), self.recipe, self.base)
+        return skills_of(self.recipe, self.base)
 
 
 def reopen(run: str | Path, device: str = "auto") -> Reopened:
