@@ -47,10 +47,10 @@ def tune(
 
 def _report(run: Run, tell: Tell) -> None:
     """report.html. The run is done by now: a report that cannot be drawn is said and harms nothing."""
-    from temperament.report import read_run, render
+    from temperament import report
 
     try:
-        render(read_run(run.folder), run.folder / "report.html")
+        report.write(run.folder)
     except TemperError:
         raise
     except Exception as problem:

@@ -50,10 +50,26 @@ class Live(AbstractContextManager):
         self.line("", text, dim=True)
 
     def on_plan(self, plan: Any, **_: Any) -> None:
-        self.line("plan", plan_line(plan))
+        if text := plan_line(plan):
+            self.line("plan", text)
 
     def on_check(self, check: Any, **_: Any) -> None:
-        self.line("check", check_line(check))
+        self._end_bar()
+        if text := check_line(check):
+            self.line("check", text)
+
+    def on_data(self, name: str, examples: int, trained: int, held_out: int = 0, left_out: int = 0, notes: Iterable[str] = (), **_: Any) -> None:
+        self._end_bar()
+        out = f", {left_out:,} that cannot be used are left out" if left_out else ""
+        self.line("data", f"{name}: {examples:,} examples, {trained:,} trained tokens, {held_out:,} rows held out{out}")
+        for note in notes:
+            self.on_note(note)
+
+    def on_arm(self, name: str, where: Iterable[Any] = (), **_: Any) -> None:
+        self._end_bar()
+        self.base = {}
+        self.line("", "")
+        self.line("method", " ".join([name, *(f"{k} {v}" for k, v in zip(("seed", "rate"), list(where)[1:], strict=False) if v is not None)]))
 
     def on_measure(self, skill: str, done: int, total: int, **_: Any) -> None:
         if done == 0:
@@ -70,7 +86,7 @@ class Live(AbstractContextManager):
             rest = len(told) - SHOWN
             text = "   ".join(told[:SHOWN]) + (f"   and {rest} more" if rest > 0 else "")
             took = "" if i else ("  (measured before)" if cached else f"  ({duration(seconds)})" if first else "")
-            self.line((row if first else "") if i == 0 else "", f"{role.ljust(8)}  {text}{took}")
+            self.line(("before" if row == "base" else row) if first and i == 0 else "", f"{role.ljust(8)}  {text}{took}")
         self.base = self.base or means
 
     def on_step(self, name: str, step: int, total: int, loss: float, seconds: float, tokens: int = 0, **terms: Any) -> None:
@@ -114,12 +130,7 @@ class Live(AbstractContextManager):
         if not self.say.err.is_terminal:
             return
         if self.bar is None:
-            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-            self.bar = Progress(SpinnerColumn("dots", style="dim"), TextColumn("{task.fields[head]:<10}", style="bold"),
-                                BarColumn(28, style="dim", complete_style="default", finished_style="default", pulse_style="dim"),
-                                TextColumn("{task.fields[count]}"), TextColumn("{task.fields[tail]}", style="dim"),
-                                console=self.say.err, transient=True, refresh_per_second=8)  # fmt: skip
+            self.bar = _bar(self.say.err)
             self.bar.start()
             self.task = self.bar.add_task("", total=total, head="", count="", tail="")
         self.bar.update(self.task, total=total, completed=done, head=head, tail=text, count=f"{done}/{total}" if total else "")
@@ -128,6 +139,21 @@ class Live(AbstractContextManager):
         if self.bar is not None:
             self.bar.stop()
             self.bar = self.task = None
+
+
+def _bar(console: Any) -> Any:
+    """Name, bar, count and words; no bar where there is nothing to count, and a narrow terminal gets a shorter one."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.text import Text
+
+    class Bar(BarColumn):
+        def render(self, task: Any) -> Any:
+            return super().render(task) if task.total else Text("")
+
+    wide = min(max(console.width - 84, 8), 28)
+    return Progress(TextColumn(" "), TextColumn("{task.fields[head]:<9}", style="bold"), SpinnerColumn("dots", style="dim"),
+                    Bar(wide, style="bright_black", complete_style="default", finished_style="default"), TextColumn("{task.fields[count]}"),
+                    TextColumn("{task.fields[tail]}", style="dim"), console=console, transient=True, refresh_per_second=8)  # fmt: skip
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------
@@ -147,12 +173,21 @@ def skill_text(result: Any, before: Any = None) -> str:
     return f"{result.skill} {moved}{show(result.mean)}{unit}"
 
 
-def plan_line(plan: Any) -> str:
-    return str(plan.get("summary") or plan.get("sentence") or "") if isinstance(plan, dict) else str(plan)
+def plan_line(plan: dict[str, Any]) -> str:
+    from temperament.report.show import size
+
+    said = plan.get("predicted") or plan
+    peak, seconds, disk = (said.get(k) for k in ("peak_bytes", "seconds", "disk_bytes"))
+    parts = [f"{size(peak)} of memory" if peak else "", f"about {duration(seconds)}" if seconds else "", f"{size(disk)} on disk" if disk else ""]
+    return ", ".join(p for p in parts if p)
 
 
-def check_line(check: Any) -> str:
-    return str(check.get("summary") or check.get("sentence") or "") if isinstance(check, dict) else str(check)
+def check_line(check: dict[str, Any]) -> str:
+    laws = [law for step in check.get("steps", ()) for law in step["laws"]]
+    worst = max((law["deviation"] for law in laws if law.get("tolerance")), default=None)
+    exempt = len([e for step in check.get("steps", ()) for e in step.get("exempt", ())])
+    tail = "" if worst is None else f", largest deviation {worst:.0e}"
+    return f"exact: {len(laws)} laws hold{tail}" + (f"; {exempt} not promised here" if exempt else "") if laws else ""
 
 
 def duration(seconds: float) -> str:
