@@ -141,10 +141,12 @@ def _recomputed(player: Player, objective: Any, rows: Batch, tolerance: float) -
     try:
         for module in components:
             checkpointing(module)
+            quiet_training(module)
         again = laws.gradient(player, objective, rows, len(rows))
     finally:
         for module in components:
             checkpointing(module, False)
+            quiet_training(module)
     return laws.compared("activations recomputed = kept", plain, again, tolerance, "gradient checkpointing", "this model computes otherwise the second time: set checkpointing: false")
 
 

@@ -42,15 +42,16 @@ NOISE = ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "
 
 
 def quiet_training(component: nn.Module) -> None:
-    """Training mode with the base's own noise off: its dropout draws by call order, which no split, resume or world size would
-    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address."""
-    component.train()
+    """The mode a base is trained in: its own noise off. Its dropout draws by call order, which no split, resume or world size would
+    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address. Only modules that
+    recompute their activations are told that they train: most architectures ask for that."""
+    component.eval()
     for module in component.modules():
-        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
-            module.eval()
-        for name in NOISE:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name in NOISE:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
 
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
