@@ -82,6 +82,7 @@ def check_step(step: Step, base: Base, world: World, seed: int, compute: str, re
         for module in base.components.values():
             quiet_training(module)
         coupled = coupling(base)
+        before = laws.probe(base)  # what the base says before anything is attached
         players = build_players(replace(spec, micro=max(spec.micro, ROWS)), ctx, prepare=False)
         try:
             stream, batches = first_batches(spec, ctx)
@@ -94,7 +95,7 @@ def check_step(step: Step, base: Base, world: World, seed: int, compute: str, re
                     if objective is None or (player.name, kind) in kinds:
                         continue
                     kinds.add((player.name, kind))
-                    found += list(_player_laws(player, objective, batch, ties, laws.TOLERANCE[dtype], coupled, seed, spec))
+                    found += list(_player_laws(player, objective, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec))
         finally:
             for player in players:
                 player.live.close()
@@ -103,7 +104,7 @@ def check_step(step: Step, base: Base, world: World, seed: int, compute: str, re
     return found, exempt
 
 
-def _player_laws(player: Player, objective: Any, batch: Batch, ties: list, tolerance: float, coupled: str, seed: int, spec: Train) -> Iterator[Law]:
+def _player_laws(player: Player, objective: Any, batch: Batch, ties: list, before: Any, tolerance: float, coupled: str, seed: int, spec: Train) -> Iterator[Law]:
     packs = any(t.packed for t in laws.token_fields(batch))
     rows = laws.few(batch, ROWS)
     if isinstance(rows, Rollout):  # rewards that are all alike would teach nothing: a law needs a gradient
@@ -115,22 +116,8 @@ def _player_laws(player: Player, objective: Any, batch: Batch, ties: list, toler
         yield from laws.gradient_laws(player, objective, rows, tolerance, packs, split)
         if spec.checkpointing:
             yield _recomputed(player, objective, rows, tolerance)
-        if tokens is not None:
-            tokens = tokens.to(player.views.world.device)
-            yield from laws.version_laws(player, tokens, _bare(player, tokens), ties, max(tolerance, 1e-5))
-
-
-def _bare(player: Player, tokens: Any) -> torch.Tensor:
-    """Logits of the base with nothing attached: pieces taken off the modules, the original tensors in place."""
-    live = player.live
-    modules = [m for c in live.base.components.values() for m in c.modules() if "_pieces" in m.__dict__]
-    attached = [(m, {k: m.__dict__.pop(k) for k in ("forward", "_pieces")}) for m in modules]
-    try:
-        with live._with(live.start):
-            return laws.logits(live.model, tokens)
-    finally:
-        for module, pieces in attached:
-            module.__dict__.update(pieces)
+        if tokens is not None and before is not None:
+            yield from laws.version_laws(player, tokens.to(player.views.world.device), before, ties, max(tolerance, 1e-5))
 
 
 def _recomputed(player: Player, objective: Any, rows: Batch, tolerance: float) -> Law:

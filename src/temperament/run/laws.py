@@ -278,30 +278,41 @@ def logits(model: nn.Module, tokens: Tokens) -> Tensor:
         return model(**forward.inputs(model, tokens)).logits.float()
 
 
+def probe(base: Any) -> tuple[Tokens, Tensor] | None:
+    """(a row of ordinary tokens, the pure base's logits of it); None where the base is no language model."""
+    model = base.model
+    if not hasattr(getattr(model, "config", None), "get_text_config") or forward.kind(model) != "decoder" or forward.head_of(model) is None:
+        return None
+    ids = torch.tensor([forward.ordinary_ids(model)], device=forward.device_of(model))
+    tokens = Tokens(ids, torch.ones(ids.shape), torch.zeros_like(ids), torch.zeros_like(ids))
+    with base.at("base"):
+        return tokens, logits(model, tokens)
+
+
 @torch.no_grad()
-def version_laws(player: Player, tokens: Tokens, of_base: Tensor, ties: list[tuple[str, ...]], tolerance: float) -> Iterator[Law]:
-    """of_base: the logits of these rows before anything was attached. The trained values must be away from their start."""
-    live, base = player.live, player.live.base
-    largest = float(of_base.abs().max()) or 1.0
-    apart = lambda x, y: float((x - y).abs().max()) / largest
+def version_laws(player: Player, rows: Tokens, before: tuple[Tokens, Tensor], ties: list[tuple[str, ...]], tolerance: float) -> Iterator[Law]:
+    """before: `probe` of the base before anything was attached. The trained values must be away from their start."""
+    live, base, (tokens, of_base) = player.live, player.live.base, before
+    apart = lambda x, y: float((x - y).abs().max()) / (float(y.abs().max()) or 1.0)
     with live.at("base") as model:
         yield Law("off = base", apart(logits(model, tokens), of_base), 0.0, "bit for bit", "a part changes the model outside its pieces: it must leave base weights alone")
     with live.at("start") as model:
         marked = "start" in live.versions  # an adapter that moved weight into itself is the base up to rounding
         yield Law("start = base", apart(logits(model, tokens), of_base), tolerance if marked else 0.0, "the version `start` before the first step",
                   "an adapter begins at a change: mark its start, or begin at no change")  # fmt: skip
-    now = [g for g in type(base.places).of(base.components).tied()]
+    now = type(base.places).of(base.components).tied()
     yield Law("tied stays tied", float(len(set(ties) - set(now))), 0.0, f"{len(ties)} shared tensors", "a part replaced a shared tensor by one of its own: train the shared one, or untie by a surgery")
     delta = live.delta()
     kept = sorted({how for how in delta.merges.values() if how != "exactly"})
     if kept:
         yield not_asked("merged = unmerged", f"what this adds merges {' and '.join(kept)}")
         return
-    on = logits(live.model, tokens)
-    moved = apart(on, of_base)
+    on = logits(live.model, rows)
+    with live.at("base") as model:
+        moved = apart(logits(model, rows), on)
     mend = "the piece and its change disagree; if its place is tied to another (an embedding and its head), leave that place out of the targets"
     with live.at("base") as model, delta.applied(base.components):
-        yield Law("merged = unmerged", apart(logits(model, tokens), on), tolerance, f"after a change that moves logits by {moved:.2g} of their size", mend)
+        yield Law("merged = unmerged", apart(logits(model, rows), on), tolerance, f"after a change that moves logits by {moved:.2g} of their size", mend)
 
 
 @contextmanager
