@@ -43,8 +43,14 @@ def tokens(rows: int, seed: int, longest: int = 12, vocab: int = VOCAB, first: i
 
 def in_pairs(t: Tokens) -> Tokens:
     """Two documents a row."""
-    pad, length = [-1 if k in ("segments", "examples") else 0 for k in ("ids", "weights", "segments", "examples")], t.ids.shape[1]
-    columns = [torch.full((len(t) // 2, 2 * length), p, dtype=getattr(t, k).dtype) for p, k in zip(pad, ("ids", "weights", "segments", "examples"), strict=True)]
+    pad, length = (
+        [-1 if k in ("segments", "examples") else 0 for k in ("ids", "weights", "segments", "examples")],
+        t.ids.shape[1],
+    )
+    columns = [
+        torch.full((len(t) // 2, 2 * length), p, dtype=getattr(t, k).dtype)
+        for p, k in zip(pad, ("ids", "weights", "segments", "examples"), strict=True)
+    ]
     for i in range(len(t) // 2 * 2):
         n = int(t.mask[i].sum())
         start = int(t.mask[i - 1].sum()) if i % 2 else 0

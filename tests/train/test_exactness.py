@@ -21,7 +21,8 @@ from temperament.nn.logprobs import label, score
 from temperament.protocols import Term
 from temperament.run import laws
 from temperament.run.check import check_step
-from temperament.run.recipe import Step
+from temperament.run.layouts import padded
+from temperament.run.recipe import Recipe, Step
 from temperament.run.training import build_players
 from temperament.train.world import World
 from tests.models import MODELS
@@ -34,7 +35,8 @@ VERSIONS = {"off = base", "start = base", "tied stays tied", "merged = unmerged"
 
 
 def run(base, **options):
-    found, exempt = check_step(Step("one", train=spec(**options)), base, World(), 0, "fp32")
+    step = Step("one", train=spec(**options))
+    found, exempt = check_step(step, base, World(), Recipe("tiny", [step]))
     laws = {law.name: law for law in found}
     broken = {n: (law.deviation, law.detail) for n, law in laws.items() if not law.ok}
     assert not broken, broken
@@ -44,7 +46,7 @@ def run(base, **options):
 @pytest.mark.parametrize("trainable", [Full(), LoRA(rank=3)], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_law_holds(name, trainable):
-    laws, exempt = run(base_of(name), trainable=[trainable])
+    laws, _ = run(base_of(name), trainable=[trainable])
     assert {*GRADIENT, *VERSIONS} <= laws.keys()
     # What a loss of a few rows can show was asked, not waved through.
     for asked in ("rows together = one by one", "padding", "streamed = plain loss"):
@@ -69,7 +71,9 @@ OBJECTIVES = {
 @pytest.mark.parametrize("which", OBJECTIVES)
 def test_law_holds_for_objectives(which, trainable):
     source, objective, regularizers = OBJECTIVES[which]
-    laws, _ = run(base_of("llama_tied"), source=source, objective=objective, regularizers=regularizers, trainable=trainable, batch=8)
+    laws, _ = run(
+        base_of("llama_tied"), source=source, objective=objective, regularizers=regularizers, trainable=trainable, batch=8
+    )
     assert laws["rows together = one by one"].tolerance == 1e-5
 
 
@@ -102,7 +106,11 @@ class GivenLoss:
 
     def loss(self, micro, views):
         inside = micro.source if forward.kind(views.model) == "encoder-decoder" else {"input_ids": micro.source.ids}
-        return {"nll": Term(-score(views.model, micro.tokens, label(), given=inside)["label"] * micro.tokens.weights, micro.tokens.trained)}
+        return {
+            "nll": Term(
+                -score(views.model, micro.tokens, label(), given=inside)["label"] * micro.tokens.weights, micro.tokens.trained
+            )
+        }
 
 
 @pytest.mark.parametrize("trainable", [Full(), LoRA(rank=3)], ids=["full", "lora"])
@@ -144,7 +152,7 @@ def _compare(base, trainable, batch, objective):
         with laws.perturbed(player, 0):
             whole = laws.gradient(player, objective, batch, 4)
             assert laws.norm(whole[0]) > 1e-3
-            for other, micro in ((batch, 1), (batch, 3), (laws.padded(batch, 3), 4)):
+            for other, micro in ((batch, 1), (batch, 3), (padded(batch, 3), 4)):
                 deviation, where = laws.distance(whole[0], laws.gradient(player, objective, other, micro)[0])
                 assert deviation < 1e-5, (deviation, where)
     finally:

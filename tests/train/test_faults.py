@@ -140,7 +140,8 @@ class Spoilt:
 
 
 @pytest.mark.parametrize("fault, law", [
-    ("end_masked", "end of turn"), ("no_end", "end of turn"), ("doubled_bos", "one BOS"), ("all_masked", "trained tokens"), ("one_masked", "trained tokens"),
+    ("end_masked", "end of turn"), ("no_end", "end of turn"), ("doubled_bos", "one BOS"),
+    ("all_masked", "trained tokens"), ("one_masked", "trained tokens"),
 ])  # fmt: skip
 def test_wrong_rows(fault, law):
     refused(law, source=Spoilt(fault))

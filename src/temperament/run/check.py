@@ -1,11 +1,11 @@
 """The exactness law on the user's own model and data, in seconds, before anything is trained.
 
-    check(recipe, base, world)      every train step of the recipe: a few real rows through the real loop, laid out in all the ways
-                                    that must not matter; deviations are returned, and above tolerance the run is refused
-    check_resume(recipe)            a short run killed and resumed: the digest of the undisturbed one?
+    check(recipe, base, world)    every train step: a few real rows through the real loop, laid out in all the ways that must
+                                  not matter; deviations are returned, and above tolerance the run is refused
 
-Nothing is left behind: weights, gradients, modes, versions, random state and files are what they were. What cannot be promised (a
-base with BatchNorm, a part that declares an exception) is named under `exempt`, not tested.
+Nothing is left behind: weights, gradients, modes, versions, random state and files are what they were. What cannot be promised
+(a base with BatchNorm, a part that declares an exception) is named under `exempt`, not tested. `resume.py` proves the other
+half: that a run can be killed anywhere.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from temperament.nn.batch import Batch, Rollout
 from temperament.protocols import Progress
 from temperament.run import laws
 from temperament.run.laws import Law
+from temperament.run.layouts import few, token_fields
 from temperament.run.recipe import Recipe, Step, Train
 from temperament.run.training import NOISE, build_players, quiet_training, steps_of
 from temperament.train.context import Context
@@ -49,11 +50,12 @@ def check(recipe: Recipe, base: Base, world: World) -> dict[str, Any]:
     for step in _walk(recipe.steps):
         built = built or step.build is not None
         spec = step.train
-        if spec is None or (content := parts.plain(replace(spec, steps=1, epochs=None, save=Train.__dataclass_fields__["save"].default_factory()))) in seen:
+        content = spec and parts.plain(replace(spec, steps=1, epochs=None))
+        if spec is None or content in seen:
             continue
         seen.append(content)
         try:
-            found, exempt = check_step(step, base, world, recipe.seed, recipe.precision.compute, recipe)
+            found, exempt = check_step(step, base, world, recipe)
         except TemperError as problem:
             if not built:
                 raise
@@ -67,17 +69,21 @@ def check(recipe: Recipe, base: Base, world: World) -> dict[str, Any]:
 
 
 def refused(step: str, law: Law) -> UserError:
-    value = f"off by {law.deviation:.3g}, allowed {law.tolerance:.0e} ({law.detail})" if law.tolerance else f"broken ({law.deviation:.3g}; {law.detail})"
-    return UserError(f"{step}: the law '{law.name}'", value, law.mend.rstrip("."))
+    value = (
+        f"off by {law.deviation:.3g}, allowed {law.tolerance:.0e} ({law.detail})"
+        if law.tolerance
+        else f"broken ({law.deviation:.3g}; {law.detail})"
+    )
+    return UserError(f"{step}: the law '{law.name}'", value, law.mend)
 
 
-def check_step(step: Step, base: Base, world: World, seed: int, compute: str, recipe: Recipe | None = None) -> tuple[list[Law], list[str]]:
+def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[list[Law], list[str]]:
     """(laws as found, what is exempt and why) of one train step, on the base's modules as they stand."""
-    spec = step.train
+    spec, seed, compute = step.train, recipe.seed, recipe.precision.compute
     with untouched(base), tempfile.TemporaryDirectory() as scratch:
         ties = base.places.tied()
         ctx = Context(base, world, seed, max(spec.batch, ROWS), spec.micro, Path(scratch),
-                      aides=recipe.aides if recipe else {}, inference=recipe.inference if recipe else ())  # fmt: skip
+                      aides=recipe.aides, inference=recipe.inference)  # fmt: skip
         noise = noisy(base)
         for module in base.components.values():
             quiet_training(module)
@@ -85,9 +91,11 @@ def check_step(step: Step, base: Base, world: World, seed: int, compute: str, re
         before = laws.probe(base)  # what the base says before anything is attached
         players = build_players(replace(spec, micro=max(spec.micro, ROWS)), ctx, prepare=False)
         try:
-            stream, batches = first_batches(spec, ctx)
+            batches = first_batches(spec, ctx)
             found = list(laws.data_laws(batches, base.tokenizer, ends(base)))
-            dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[compute] or next(base.model.parameters()).dtype
+            dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[compute] or next(
+                base.model.parameters()
+            ).dtype
             kinds = set()
             for player in players:
                 for batch in batches:
@@ -95,7 +103,9 @@ def check_step(step: Step, base: Base, world: World, seed: int, compute: str, re
                     if objective is None or (player.name, kind) in kinds:
                         continue
                     kinds.add((player.name, kind))
-                    found += list(_player_laws(player, objective, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec))
+                    found += list(
+                        _player_laws(player, objective, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec)
+                    )
         finally:
             for player in players:
                 player.live.close()
@@ -104,14 +114,26 @@ def check_step(step: Step, base: Base, world: World, seed: int, compute: str, re
     return found, exempt
 
 
-def _player_laws(player: Player, objective: Any, batch: Batch, ties: list, before: Any, tolerance: float, coupled: str, seed: int, spec: Train) -> Iterator[Law]:
-    packs = any(t.packed for t in laws.token_fields(batch))
-    rows = laws.few(batch, ROWS)
+def _player_laws(
+    player: Player,
+    objective: Any,
+    batch: Batch,
+    ties: list,
+    before: Any,
+    tolerance: float,
+    coupled: str,
+    seed: int,
+    spec: Train,
+) -> Iterator[Law]:
+    packs = any(t.packed for t in token_fields(batch))
+    rows = few(batch, ROWS)
     if isinstance(rows, Rollout):  # rewards that are all alike would teach nothing: a law needs a gradient
         rows = replace(rows, rewards=torch.arange(len(rows)) % 2 * 1.0, group=torch.zeros(len(rows), dtype=torch.long))
     declared = [d for p in (objective, *player.regularizers) for d in getattr(p, "part_declares", ())]
-    split = coupled or next((f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), "")
-    tokens = next(iter(laws.token_fields(rows)), None)
+    split = coupled or next(
+        (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
+    )
+    tokens = next(iter(token_fields(rows)), None)
     with laws.perturbed(player, seed):
         yield from laws.gradient_laws(player, objective, rows, tolerance, packs, split)
         if spec.checkpointing:
@@ -134,23 +156,25 @@ def _recomputed(player: Player, objective: Any, rows: Batch, tolerance: float) -
         for module in components:
             checkpointing(module, False)
             quiet_training(module)
-    return laws.compared("activations recomputed = kept", plain, again, tolerance, "gradient checkpointing", "this model computes otherwise the second time: set checkpointing: false")
+    return laws.compared("activations recomputed = kept", plain, again, tolerance, "gradient checkpointing")
 
 
 # ---- what it is measured on -------------------------------------------------------------------------------------------------
 
 
-def first_batches(spec: Train, ctx: Context) -> tuple[Any, list[Batch]]:
+def first_batches(spec: Train, ctx: Context) -> list[Batch]:
     """The first batches of the source; of one that generates, the smallest that it can give."""
     online = "Rollout" in spec.source.yields
     if not online:
         stream = spec.source.open(ctx)
     else:
-        sizes = [b for b in range(ROWS, spec.batch) if spec.batch % b == 0]
-        for ctx.batch in [*sizes, spec.batch]:
-            with suppress(UserError) if ctx.batch != spec.batch else suppress():
+        for ctx.batch in (b for b in range(ROWS, spec.batch) if spec.batch % b == 0):
+            with suppress(UserError):
                 stream = spec.source.open(ctx)
                 break
+        else:
+            ctx.batch = spec.batch
+            stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
     batches: list[Batch] = []
     began = time.perf_counter()
@@ -159,7 +183,7 @@ def first_batches(spec: Train, ctx: Context) -> tuple[Any, list[Batch]]:
             break
         got = stream.batch(step, Progress(step, max(total, 1)))
         batches += got if isinstance(got, list) else [got]
-    return stream, batches
+    return batches
 
 
 def ends(base: Base) -> set[int]:
@@ -189,7 +213,12 @@ def noisy(base: Base) -> str:
 
 def coupling(base: Base) -> str:
     """What makes one row depend on the others of its batch while training, in words, or ""."""
-    norms = [n for c in base.components.values() for n, m in c.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = [
+        n
+        for c in base.components.values()
+        for n, m in c.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
     return f"BatchNorm couples the rows of a batch ({norms[0]} and {len(norms) - 1} more)" if norms else ""
 
 
@@ -211,7 +240,9 @@ def untouched(base: Base) -> Iterator[None]:
     tensors = [(p, p.requires_grad, p.grad) for _, p in base.parameters()]
     modules = [m for c in base.components.values() for m in c.modules()]
     modes = [(m, m.training, {n: m.__dict__[n] for n in NOISE if isinstance(m.__dict__.get(n), float)}) for m in modules]
-    buffers = [(b, b.clone()) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(recurse=False)]
+    buffers = [
+        (b, b.clone()) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(recurse=False)
+    ]
     originals, state = dict(base.originals), (random.getstate(), np.random.get_state())
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -11,9 +11,9 @@ keys) does not divide rounding by rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,30 +23,58 @@ from temperament.nn import forward, logprobs
 from temperament.nn.batch import Batch, Rollout, Tokens
 from temperament.nn.draws import generator
 from temperament.protocols import Progress
+from temperament.run.layouts import documents, padded, repacked, room, token_fields
 from temperament.train.loop import Player, run_batch
 
 Gradient = dict[str, Tensor]
 # Rounding of one forward and backward, by the dtype it is computed in: sums are taken in another order, nothing else differs.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+MEND = {
+    "a gradient": "nothing would be learnt from these rows: see with `temper data` what carries loss, and that the places are used",
+    "same twice": "something draws numbers without an address: set its dropout to 0, or use a part that draws by example",
+    "rows together = one by one": "a mean is taken where a sum belongs: terms give sums and counts, the loop divides once",
+    "padding": "padding reaches the loss or the attention: its weights must be 0 and its segments -1",
+    "packed = one by one": "documents of a packed row see each other, or the objective counts rows: set pack: 0",
+    "streamed = plain loss": "the loss of this architecture is streamed wrongly: report it, naming the base",
+    "activations recomputed = kept": "this model computes otherwise the second time: set checkpointing: false",
+    "off = base": "a part changes the model outside its pieces: it must leave base weights alone",
+    "start = base": "an adapter begins at a change: mark its start, or begin at no change",
+    "tied stays tied": "a part replaced a shared tensor by one of its own: train the shared one, or untie by a surgery",
+    "merged = unmerged": "piece and change disagree; if the place is tied to another (embedding and head), leave it out of the targets",
+    "trained tokens": "every example needs a token that carries loss: look with `temper data` at what the mask leaves",
+    "documents apart": "packed examples share a segment and would see each other: number segments by document",
+    "end of turn": "the model would never learn to stop: train the token that ends an answer (for text in pieces: check: false)",
+    "one BOS": "the chat template and the tokenizer both add the begin token: take it out of one",
+}
+
 
 @dataclass(frozen=True)
 class Law:
-    """One law as it was found. mend: what to do when it does not hold."""
+    """One law as it was found on these rows."""
 
     name: str
     deviation: float
     tolerance: float
     detail: str = ""
-    mend: str = ""
     ok: bool | None = None
 
     def __post_init__(self):
         if self.ok is None:  # not (a > b): a deviation that is not a number does not hold
             object.__setattr__(self, "ok", bool(self.deviation <= self.tolerance))
 
+    @property
+    def mend(self) -> str:
+        return MEND[self.name]
+
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "deviation": self.deviation, "tolerance": self.tolerance, "ok": self.ok, "detail": self.detail}
+        return {
+            "name": self.name,
+            "deviation": self.deviation,
+            "tolerance": self.tolerance,
+            "ok": self.ok,
+            "detail": self.detail,
+        }
 
 
 def not_asked(name: str, why: str) -> Law:
@@ -95,127 +123,60 @@ def norm(g: Gradient) -> float:
     return math.sqrt(sum(float(torch.linalg.vector_norm(t.double())) ** 2 for t in g.values()))
 
 
-def compared(name: str, plain: tuple[Gradient, float], other: tuple[Gradient, float], tolerance: float, detail: str, mend: str) -> Law:
+def compared(name: str, plain: tuple[Gradient, float], other: tuple[Gradient, float], tolerance: float, detail: str) -> Law:
     value, where = distance(plain[0], other[0])
     loss = abs(plain[1] - other[1]) / max(abs(plain[1]), 1e-2)
     value = max(value, loss) if math.isfinite(loss) else math.inf
-    return Law(name, value, tolerance, f"{detail}; most in {where}" if where else detail, mend)
-
-
-# ---- the same rows, laid out otherwise -------------------------------------------------------------------------------------
-
-
-def token_fields(batch: Batch) -> list[Tokens]:
-    return [batch] if isinstance(batch, Tokens) else [v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tokens)]
-
-
-def few(batch: Batch, n: int = 4) -> Batch:
-    """At most n rows of unlike length, none from the longer half: enough to see any law, cheap for any model."""
-    tokens = token_fields(batch)
-    if not tokens or len(batch) <= 1:
-        return batch.select(range(min(n, len(batch))))
-    order = sum(t.mask.sum(1) for t in tokens).argsort(stable=True)
-    half = max(len(order) // 2, min(n, len(order)))
-    rows = sorted({round(i * (half - 1) / max(n - 1, 1)) for i in range(n)})
-    return trimmed(batch.select(order[rows]))
-
-
-def trimmed(batch: Batch) -> Batch:
-    """Without columns that are padding in every row, also in what is aligned with them."""
-    return _columns(batch, lambda t: t.trim().ids.shape[1] - t.ids.shape[1])
-
-
-def padded(batch: Batch, more: int) -> Batch:
-    """With `more` columns of padding on the right, filled with ids that are not padding."""
-    return _columns(batch, lambda t: more)
-
-
-def _columns(batch: Batch, change: Callable[[Tokens], int]) -> Batch:
-    new: dict[str, Any] = {}
-    own = [batch] if isinstance(batch, Tokens) else []
-    for f in fields(batch):
-        v = getattr(batch, f.name)
-        if isinstance(v, Batch):
-            new[f.name] = _columns(v, change)
-            own += [v] if isinstance(v, Tokens) else []
-    if own:
-        length, by = own[0].ids.shape[1], change(own[0])
-        for f in fields(batch):
-            v = getattr(batch, f.name)
-            if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == length and length > 1:
-                new[f.name] = v[:, : length + by] if by <= 0 else _filled(v, by, {"segments": -1, "examples": -1}.get(f.name, 0), f.name == "ids")
-    return replace(batch, **new)
-
-
-def _filled(v: Tensor, by: int, value: int, with_ids: bool) -> Tensor:
-    more = v[:, :1].expand(-1, by) if with_ids else v.new_full((len(v), by, *v.shape[2:]), value)
-    return torch.cat([v, more], 1)
-
-
-def documents(tokens: Tokens) -> list[dict[str, Tensor]]:
-    """Every document of every row, with its own columns."""
-    found = []
-    for i in range(len(tokens)):
-        for s in range(int(tokens.segments[i].max()) + 1):
-            at = tokens.segments[i] == s
-            if at.any():
-                found.append({k: getattr(tokens, k)[i][at] for k in ("ids", "weights", "examples")})
-    return found
-
-
-def repacked(tokens: Tokens) -> Tokens:
-    """Packed rows with one document a row; others all in one row."""
-    docs = documents(tokens)
-    rows = [[d] for d in docs] if tokens.packed else [docs]
-    length = max(sum(len(d["ids"]) for d in row) for row in rows)
-    out = {k: torch.full((len(rows), length), fill, dtype=getattr(tokens, k).dtype) for k, fill in (("ids", 0), ("weights", 0), ("segments", -1), ("examples", -1))}
-    for i, row in enumerate(rows):
-        start = 0
-        for s, d in enumerate(row):
-            here = slice(start, start := start + len(d["ids"]))
-            out["segments"][i, here] = s
-            for k, v in d.items():
-                out[k][i, here] = v
-    return Tokens(**out)
-
-
-def room(model: nn.Module, batch: Batch, wish: int) -> int:
-    """How many of `wish` further columns the model has positions for."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    length = max((t.ids.shape[1] for t in token_fields(batch)), default=0)
-    return wish if not isinstance(limit, int) or limit <= 0 else max(min(wish, limit - length), 0)
+    return Law(name, value, tolerance, f"{detail}; most in {where}" if where else detail)
 
 
 # ---- gradient laws -----------------------------------------------------------------------------------------------------------
 
 
-def gradient_laws(player: Player, objective: Any, batch: Batch, tolerance: float, packs: bool, split: str = "") -> Iterator[Law]:
+def gradient_laws(
+    player: Player, objective: Any, batch: Batch, tolerance: float, packs: bool, split: str = ""
+) -> Iterator[Law]:
     """split: why rows may not be computed apart (a base that couples its batch), or ""."""
     model, n = player.live.model, len(batch)
     whole = gradient(player, objective, batch, n)
     size = norm(whole[0])
-    yield Law("a gradient", 0.0 if 0 < size < math.inf else math.inf, 0.0, f"norm {size:.3g} over {len(whole[0])} of {len(player.live.params)} tensors",
-              "nothing would be learnt from these rows: see with `temper data` what carries loss, and whether the trained places are used")  # fmt: skip
+    yield Law(
+        "a gradient",
+        0.0 if 0 < size < math.inf else math.inf,
+        0.0,
+        f"norm {size:.3g} over {len(whole[0])} of {len(player.live.params)} tensors",
+    )
     again = gradient(player, objective, batch, n)
-    yield compared("same twice", whole, again, 0.0 if next(model.parameters()).device.type == "cpu" else tolerance / 10, "one batch, computed twice",
-                   "something draws numbers without an address: set the base's dropout to 0, or use a part that draws by example")  # fmt: skip
+    yield compared(
+        "same twice",
+        whole,
+        again,
+        0.0 if next(model.parameters()).device.type == "cpu" else tolerance / 10,
+        "one batch, computed twice",
+    )
     if split:
         yield not_asked("rows together = one by one", split)
     elif n > 1:
-        yield compared("rows together = one by one", whole, gradient(player, objective, batch, 1), tolerance, f"(1 x {n}) against ({n} x 1)",
-                       "a mean is taken where a sum belongs: terms give sums and counts, the loop divides once")  # fmt: skip
+        yield compared(
+            "rows together = one by one",
+            whole,
+            gradient(player, objective, batch, 1),
+            tolerance,
+            f"(1 x {n}) against ({n} x 1)",
+        )
     else:
         yield not_asked("rows together = one by one", "the source gives one row at a time")
     if more := room(model, batch, 5):
-        yield compared("padding", whole, gradient(player, objective, padded(batch, more), n), tolerance, f"{more} more columns",
-                       "padding reaches the loss or the attention: weights and segments of padding must be 0 and -1")  # fmt: skip
+        yield compared("padding", whole, gradient(player, objective, padded(batch, more), n), tolerance, f"{more} more columns")
     else:
         yield not_asked("padding", "the rows fill all positions of this model")
     yield _packing(player, objective, batch, whole, tolerance, packs, split)
     yield from _streaming(player, batch, tolerance)
 
 
-def _packing(player: Player, objective: Any, batch: Batch, whole: tuple[Gradient, float], tolerance: float, packs: bool, split: str) -> Law:
+def _packing(
+    player: Player, objective: Any, batch: Batch, whole: tuple[Gradient, float], tolerance: float, packs: bool, split: str
+) -> Law:
     name, model = "packed = one by one", player.live.model
     if not isinstance(batch, Tokens):
         return not_asked(name, f"{type(batch).__name__} are never packed")
@@ -224,10 +185,13 @@ def _packing(player: Player, objective: Any, batch: Batch, whole: tuple[Gradient
     if not forward.can_pack(model):
         return not_asked(name, f"this model is never packed: {forward.packing(model).reason}")
     other = repacked(batch)
-    law = compared(name, whole, gradient(player, objective, other, len(other)), tolerance, f"{len(batch)} rows against {len(other)}",
-                   "documents of a packed row see each other, or the objective counts rows: set pack: 0")  # fmt: skip
+    law = compared(
+        name, whole, gradient(player, objective, other, len(other)), tolerance, f"{len(batch)} rows against {len(other)}"
+    )
     if not law.ok and not packs:
-        return replace(law, ok=True, detail=law.detail + "; the source does not pack, and must not with this objective and base")
+        return replace(
+            law, ok=True, detail=law.detail + "; the source does not pack, and must not with this objective and base"
+        )
     return law
 
 
@@ -257,7 +221,7 @@ def _streaming(player: Player, batch: Batch, tolerance: float) -> Iterator[Law]:
         with _never_small():  # chunks are made again in the backward
             world.backward(value)
         found.append((_taken(player), float(value.detach())))
-    yield compared(name, *found, tolerance, f"chunks of {size} positions", "the loss of this architecture is streamed wrongly: report it, naming the base")
+    yield compared(name, *found, tolerance, f"chunks of {size} positions")
 
 
 @contextmanager
@@ -281,7 +245,11 @@ def logits(model: nn.Module, tokens: Tokens) -> Tensor:
 def probe(base: Any) -> tuple[Tokens, Tensor] | None:
     """(a row of ordinary tokens, the pure base's logits of it); None where the base is no language model."""
     model = base.model
-    if not hasattr(getattr(model, "config", None), "get_text_config") or forward.kind(model) != "decoder" or forward.head_of(model) is None:
+    if (
+        not hasattr(getattr(model, "config", None), "get_text_config")
+        or forward.kind(model) != "decoder"
+        or forward.head_of(model) is None
+    ):
         return None
     ids = torch.tensor([forward.ordinary_ids(model)], device=forward.device_of(model))
     tokens = Tokens(ids, torch.ones(ids.shape), torch.zeros_like(ids), torch.zeros_like(ids))
@@ -290,18 +258,24 @@ def probe(base: Any) -> tuple[Tokens, Tensor] | None:
 
 
 @torch.no_grad()
-def version_laws(player: Player, rows: Tokens, before: tuple[Tokens, Tensor], ties: list[tuple[str, ...]], tolerance: float) -> Iterator[Law]:
+def version_laws(
+    player: Player, rows: Tokens, before: tuple[Tokens, Tensor], ties: list[tuple[str, ...]], tolerance: float
+) -> Iterator[Law]:
     """before: `probe` of the base before anything was attached. The trained values must be away from their start."""
     live, base, (tokens, of_base) = player.live, player.live.base, before
     apart = lambda x, y: float((x - y).abs().max()) / (float(y.abs().max()) or 1.0)
     with live.at("base") as model:
-        yield Law("off = base", apart(logits(model, tokens), of_base), 0.0, "bit for bit", "a part changes the model outside its pieces: it must leave base weights alone")
+        yield Law("off = base", apart(logits(model, tokens), of_base), 0.0, "bit for bit")
     with live.at("start") as model:
         marked = "start" in live.versions  # an adapter that moved weight into itself is the base up to rounding
-        yield Law("start = base", apart(logits(model, tokens), of_base), tolerance if marked else 0.0, "the version `start` before the first step",
-                  "an adapter begins at a change: mark its start, or begin at no change")  # fmt: skip
+        yield Law(
+            "start = base",
+            apart(logits(model, tokens), of_base),
+            tolerance if marked else 0.0,
+            "the version `start` before the first step",
+        )
     now = type(base.places).of(base.components).tied()
-    yield Law("tied stays tied", float(len(set(ties) - set(now))), 0.0, f"{len(ties)} shared tensors", "a part replaced a shared tensor by one of its own: train the shared one, or untie by a surgery")
+    yield Law("tied stays tied", float(len(set(ties) - set(now))), 0.0, f"{len(ties)} shared tensors")
     delta = live.delta()
     kept = sorted({how for how in delta.merges.values() if how != "exactly"})
     if kept:
@@ -310,15 +284,19 @@ def version_laws(player: Player, rows: Tokens, before: tuple[Tokens, Tensor], ti
     on = logits(live.model, rows)
     with live.at("base") as model:
         moved = apart(logits(model, rows), on)
-    mend = "the piece and its change disagree; if its place is tied to another (an embedding and its head), leave that place out of the targets"
     with live.at("base") as model, delta.applied(base.components):
-        yield Law("merged = unmerged", apart(logits(model, rows), on), tolerance, f"after a change that moves logits by {moved:.2g} of their size", mend)
+        yield Law(
+            "merged = unmerged",
+            apart(logits(model, rows), on),
+            tolerance,
+            f"after a change that moves logits by {moved:.2g} of their size",
+        )
 
 
 @contextmanager
 def perturbed(player: Player, seed: int, few_of: int = 12) -> Iterator[None]:
-    """Trained values away from their start (an adapter that begins at zero teaches a check nothing): all of an adapter's, and of
-    the base's own tensors the first of each role; by pointer, so that afterwards every bit is what it was."""
+    """Trained values away from their start (an adapter that begins at zero teaches a check nothing): all of an adapter's,
+    and of the base's own tensors the first of each role; by pointer, so that afterwards every bit is what it was."""
     undo, roles = [], set()
     try:
         for name, p in player.live.params.items():
@@ -343,7 +321,7 @@ def perturbed(player: Player, seed: int, few_of: int = 12) -> Iterator[None]:
 
 
 def data_laws(batches: list[Batch], tokenizer: Any, ends: set[int]) -> Iterator[Law]:
-    """What may never be in a batch: an example without loss, a masked end of turn, a doubled BOS, two examples in one document."""
+    """Never in a batch: an example without loss, a masked end of turn, a doubled BOS, two examples in one document."""
     tokens = [t for b in batches for t in token_fields(b)]
     if not tokens:
         yield not_asked("trained tokens", "no tokens in these batches")
@@ -353,10 +331,14 @@ def data_laws(batches: list[Batch], tokenizer: Any, ends: set[int]) -> Iterator[
     weights = [float(d["weights"].abs().sum()) for d in docs]
     total = sum(int((d["weights"] != 0).sum()) for d in docs)
     silent = sum(w == 0 for w in weights)
-    yield Law("trained tokens", float(silent), 0.0, f"{total} of {sum(len(d['ids']) for d in docs)} tokens carry loss, in {len(docs)} examples",
-              "every example needs a token that carries loss: look with `temper data` at what the mask leaves")  # fmt: skip
+    yield Law(
+        "trained tokens",
+        float(silent),
+        0.0,
+        f"{total} of {sum(len(d['ids']) for d in docs)} tokens carry loss, in {len(docs)} examples",
+    )
     mixed = sum(int((d["examples"].unique() >= 0).sum() > 1) for d in docs)
-    yield Law("documents apart", float(mixed), 0.0, "one example a segment", "packed examples share a segment and would see each other: number segments by document")
+    yield Law("documents apart", float(mixed), 0.0, "one example a segment")
     if tokenizer is None:
         yield not_asked("end of turn", "this base has no tokenizer")
         return
@@ -371,12 +353,16 @@ def data_laws(batches: list[Batch], tokenizer: Any, ends: set[int]) -> Iterator[
             end = torch.isin(d["ids"], torch.tensor(sorted(ends)))
             trained += bool((on & end).any())
             masked += bool((end[1:] & ~on[1:] & on[:-1] & ~end[:-1]).any())  # the end that would follow a trained token
-        yield Law("end of turn", float(masked if trained or masked else len(docs)), 0.0, f"trained in {trained} of {len(docs)} examples",
-                  "the model would never learn to stop: train the token that ends an answer (or set check: false for plain text in pieces)")  # fmt: skip
+        yield Law(
+            "end of turn",
+            float(masked if trained or masked else len(docs)),
+            0.0,
+            f"trained in {trained} of {len(docs)} examples",
+        )
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None:
         twice = 0
         for d in docs:
             pair = (d["ids"][1:] == bos) & (d["ids"][:-1] == bos)
             twice += bool(pair[:1].any() if bos in ends else pair.any())
-        yield Law("one BOS", float(twice), 0.0, "no example begins twice", "the chat template and the tokenizer both add the begin token: take it out of one")
+        yield Law("one BOS", float(twice), 0.0, "no example begins twice")
