@@ -143,8 +143,8 @@ def _player_laws(
 
 
 def _unlike(rows: Rollout, player: Player) -> Rollout:
-    """One group of responses that differ, half of them rewarded, sampled by a policy near this one: a sure policy samples the same
-    again and again, and responses that are alike cancel, which would leave no gradient to compare."""
+    """One group of responses that differ, half of them rewarded, sampled by a policy near this one: a sure policy samples the
+    same again and again, and responses that are alike cancel, which would leave no gradient to compare."""
     first = (rows.tokens.weights != 0).float().cumsum(1).eq(1) & (rows.tokens.weights != 0)
     odd = torch.arange(len(rows))[:, None] % 2 == 1
     ids = torch.where(first & odd, torch.where(rows.tokens.ids > 0, rows.tokens.ids - 1, 1), rows.tokens.ids)

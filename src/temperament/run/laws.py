@@ -5,8 +5,8 @@ A gradient is a set of tensors by name. The distance of two, relative to the fir
     deviation = max over tensors t of  |g_t - h_t| / max(|g_t|, 0.1 |g|)
 
 so that an error in one small tensor is not hidden by the large ones, and a tensor whose true gradient is zero (the bias of
-keys) does not divide rounding by rounding. Allowed is 1e-5 in fp32, or ten times what rounding the input embeddings once does to
-this very gradient, whichever is more: where a sure model's gradients cancel, that is all a computer can promise. A fault is
+keys) does not divide rounding by rounding. Allowed is 1e-5 in fp32, or ten times what rounding the input embeddings once does
+to this very gradient, whichever is more: where a sure model's gradients cancel, that is all a computer can promise. A fault is
 thousands of times larger.
 """
 
@@ -247,7 +247,7 @@ def _streaming(player: Player, batch: Batch, tolerance: float) -> Iterator[Law]:
         with world.autocast():
             value = -(loss() * tokens.weights).sum() / tokens.weights.sum()
         with _never_small():  # chunks are made again in the backward
-            world.backward(value)
+            value.backward()
         found.append((_taken(player), float(value.detach())))
     yield compared(name, *found, tolerance, f"chunks of {size} positions")
 
