@@ -126,7 +126,7 @@ def tune(
 ) -> Run:
     """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its name."""
     recipe = schema.read(recipe, overrides)
-    world = World(recipe.precision.compute, recipe.log_with)
+    world = World(recipe.precision.compute, recipe.log_with, device=recipe.device)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     folder = Folder(out, write=world.main)
     before = folder.open(resume, fresh)

@@ -230,7 +230,7 @@ class Live:
                 self.params[rest].tensor.data = tensor.to(self.params[rest].tensor)
             elif kind == "version":
                 version, name = rest.split("/", 1)
-                self.versions.setdefault(version, {})[name] = tensor
+                self.versions.setdefault(version, {})[name] = tensor.to(self.params[name].tensor)
         for i, part in enumerate(self.parts):
             if part.load:
                 part.load({k.split("/", 2)[2]: t for k, t in state.items() if k.startswith(f"part/{i}/")})
