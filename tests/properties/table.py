@@ -32,7 +32,7 @@ TABLE: dict[str, list[dict]] = {
     "data.folder_images": [{"path": "FOLDER"}],
     "rollout.sample": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}],
     "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
-    "evaluate.file": [{"path": "FILE"}],
+    "evaluate.file": [{"data": {"data.file": {"path": "FILE"}}}],
     "evaluate.keep": [{"items": 4, "length": 5}],
     "studies.compare": [{"arms": {"half": {"trainable": ["select.half"]}}, "seeds": [0, 1]}],
 }
