@@ -80,7 +80,7 @@ def test_lab_rows_are_never_test_items(base):
     assert all(p.chosen != p.rejected for p in pairs)
     two = parts.build({"data.lab": {"skills": ["add", "copy"], "rows": 10}}).examples(None)
     assert [e.meta["item"].skill for e in two] == ["add", "copy"] * 5
-    with pytest.raises(UserError, match="shft.*shift"):
+    with pytest.raises(UserError, match=r"shft.*shift"):
         parts.build({"data.lab": {"skills": ["shft"]}})
 
 
@@ -136,6 +136,13 @@ def test_rollouts_do_not_depend_on_the_world(base):
     split = rolling(base, s, Rank(1)).batch(3)
     assert equal(whole.tokens, split.tokens) and torch.equal(whole.rewards, split.rewards)
     assert torch.allclose(whole.behaviour, split.behaviour, atol=1e-5)
+
+
+def test_its_temperature_may_follow_a_schedule(base):
+    s, cold = seed(), {"schedules.linear": {"start": 1.0, "end": 0.05}}
+    hot, cooled = rolling(base, s), rolling(base, s, temperature=cold)
+    assert equal(hot.batch(0).tokens, cooled.batch(0, Progress(0, 10)).tokens)
+    assert equal(rolling(base, s, temperature=0.05).batch(9).tokens, cooled.batch(9, Progress(9, 10)).tokens)
 
 
 def test_behaviour_is_the_log_prob_of_what_was_sampled(base):
