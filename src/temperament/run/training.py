@@ -38,25 +38,29 @@ class Trained:
     stopped: str = ""  # why it ended before its last step
 
 
+NOISE = ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "attn_dropout", "layerdrop", "hidden_dropout")
+
+
 def quiet_training(component: nn.Module) -> None:
-    """Training mode with the base's own noise off: its dropout draws by call order, which no split, resume or world size would
-    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address."""
-    component.train()
+    """The mode a base is trained in: its own noise off. Its dropout draws by call order, which no split, resume or world size would
+    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address. Only modules that
+    recompute their activations are told that they train: most architectures ask for that."""
+    component.eval()
     for module in component.modules():
-        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
-            module.eval()
-        for name in ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "attn_dropout", "layerdrop", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name in NOISE:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
 
 
-def build_players(spec: Train, ctx: Context) -> list[Player]:
-    """The main player `policy`, then the further ones, in the order of the recipe."""
+def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
+    """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
     live = Live(ctx.base, [t.build(ctx.base, ctx) for t in spec.trainable])
     if not live.params:
         raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
     for part, trained in zip(spec.trainable, live.parts, strict=True):
-        if hasattr(part, "prepare"):
+        if prepare and hasattr(part, "prepare"):
             part.prepare(live, trained, ctx)
     others: dict[str, Live] = {}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)

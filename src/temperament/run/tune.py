@@ -76,9 +76,9 @@ class Skills:
         """Address of scores: who was measured, on what, how."""
         return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
 
-    def system(self, model: Any = None, reference: bool = True) -> System:
+    def system(self, model: Any = None, graded: bool = True) -> System:
         hooks = [h for part in self.recipe.inference for h in part.hooks(self.base)]
-        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, reference, model)
+        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, graded, model)
 
     def measure(self, path: Path, key: str, tell: Tell) -> tuple[dict[str, SkillResult], bool]:
         """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they?"""
@@ -106,7 +106,7 @@ class Skills:
         values = {}
         for s in wanted:
             some = s.some(items) if items else s
-            scores = [o.score for o in some.measure(self.system(reference=False)) if o.score is not None]
+            scores = [o.score for o in some.measure(self.system(graded=False)) if o.score is not None]
             values[s.name] = sum(scores) / max(len(scores), 1)
         for m in self.base.components.values():
             quiet_training(m)
