@@ -39,7 +39,8 @@ class Interrupted(TemperError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that offers the closest known names: "did you mean 'a' or 'b'?", or the list when nothing is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:2]
+    word = [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:2]  # the right name in the wrong room
+    close = word or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "known: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")

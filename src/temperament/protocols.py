@@ -139,17 +139,17 @@ class Optimizer(Protocol):
 
     rooms: ClassVar = ("optim",)
     must: ClassVar = ("build", "lr")
-    scheduled: ClassVar = True
+    scheduled: ClassVar = ("lr",)
 
 
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
     batch of all processes. `yields`: kinds of batch. Optional on the stream: `steps_per_epoch`, `feedback(batch, trace)`,
-    `state_dict()`/`load_state_dict()` (only for what is not a function of the step)."""
+    `state_dict()`/`load_state_dict()` (only for what is not a function of the step). A part that reads numbers anew at each step names
+    them: `scheduled: ClassVar = ("temperature",)`."""
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")
-    scheduled: ClassVar = True
 
 
 class Examples(Protocol):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament.delta import Change, Delta, Replace
+from temperament.delta.combined import add
 from temperament.errors import UserError
 from temperament.nn.pieces import Piece, Switch, attach
 
@@ -87,9 +88,10 @@ class Live:
     def __init__(self, base: Any, parts: list[Trained]):
         self.base, self.parts = base, parts
         self.switch = Switch()
-        self.params = {p.name: p for part in parts for p in part.params}
+        self.params = _by_name(parts)
         self.versions: dict[str, dict[str, Tensor]] = {}
         self._where = self._locations()
+        _refuse_tied(base, parts)
         self._detach = [attach(module, piece, self.switch) for part in parts for module, piece in part.pieces.values()]
         for name, module in base.parameters():
             module.requires_grad_(name in self.params)
@@ -200,15 +202,16 @@ class Live:
         """The change since this step began, as expressions on the weights it began with."""
         changes: dict[str, Change] = {}
         for part in self.parts:
-            for name, (_, piece) in part.pieces.items():
-                changes[name] = piece.change().mapped(Tensor.detach)
+            for name, (_, piece) in part.pieces.items():  # pieces on one weight all read that weight: their changes add
+                change = piece.change().mapped(Tensor.detach)
+                changes[name] = add(changes[name], change) if name in changes else change
             if part.changes:
                 changes.update(part.changes())
         own = {n for n in self.params if n in self._where and n in self.start}
-        for name in sorted(own - set(changes)):
+        for name in sorted(own):
             now = self.params[name].tensor.detach()
-            if not torch.equal(now, self.start[name]):
-                changes[name] = Replace(now.clone())
+            if not torch.equal(now, self.start[name]):  # trained itself, and perhaps under a piece as well
+                changes[name] = Replace(changes[name].apply(now) if name in changes else now.clone())
         additions = {k: v for part in self.parts if part.additions for k, v in part.additions().items()}
         return Delta(changes=changes, additions=additions, base=dict(self.base.sha256))
 
@@ -240,3 +243,24 @@ class Live:
         for detach in self._detach:
             detach()
         self._detach = []
+
+
+def _by_name(parts: list[Trained]) -> dict[str, Param]:
+    """Every trained tensor by its name. Where two adapters stand on one weight the later one's tensors get the number of the part."""
+    params: dict[str, Param] = {}
+    for i, part in enumerate(parts):
+        taken = {p.name for p in part.params if p.name in params and params[p.name].tensor is not p.tensor}
+        for p in part.params:
+            p.name = f"{p.name}~{i}" if p.name in taken else p.name
+            p.partner = f"{p.partner}~{i}" if p.partner in taken else p.partner
+            params.setdefault(p.name, p)
+    return params
+
+
+def _refuse_tied(base: Any, parts: list[Trained]) -> None:
+    """A piece changes what one module computes; merged into a tensor that two modules share it would change both."""
+    tied = {name: group for group in base.places.tied() for name in group} if any(part.pieces for part in parts) else {}
+    for name in (n for part in parts for n in part.pieces if n in tied):
+        other = next(n for n in tied[name] if n != name)
+        mend = f"it is tied to {other}, so an adapter on it could not be merged; leave it out of `targets`, or train the tensor itself"
+        raise UserError("targets", name, f"{mend} (select.full with only)")

@@ -102,17 +102,14 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     whole = objective.prepare(whole, views) if hasattr(objective, "prepare") else whole
     each = [objective, *(r for r in regularizers if r.per == "batch")]
     whole_counts: dict[str, float] = {}
-    for p in each:
-        for name, count in p.counts(whole).items():
-            assert name not in whole_counts, f"two terms are called {name!r}"
-            whole_counts[name] = count
+    names = [_named(p.counts(whole), whole_counts) for p in each]
     out = Accumulated(counts=whole_counts, tokens=_tokens(whole))
     sums: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     weights: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     mine = whole.shard(world.rank, world.size)
     # Every module that draws (dropout) finds its address here; the token's example and position are added where tokens are scored.
     address = Address(views.seed, "forward", progress.step, torch.empty(0, dtype=torch.long))
-    for terms in _forward(each, objective, mine, views, micro, address):
+    for terms in _forward(each, names, objective, mine, views, micro, address):
         total = None
         for name, term in terms.items():
             weights[name] = term.weight
@@ -126,7 +123,8 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
             world.backward(total)
     sums, weights = world.total(sums), _agreed(weights, len(mine), world)
     for r in (r for r in regularizers if r.per == "step"):
-        for name, term in r.loss(None, views).items():
+        terms = r.loss(None, views)
+        for name, term in zip(_named({n: t.count for n, t in terms.items()}, whole_counts).values(), terms.values(), strict=True):
             world.backward(term.value * (term.weight / max(term.count, 1) / world.size))
             sums[name], weights[name], whole_counts[name] = float(term.value.detach()), term.weight, max(term.count, 1)
     _reduce(player, world)
@@ -135,7 +133,16 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     return out
 
 
-def _forward(each: list, objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> Iterator[Terms]:
+def _named(counts: dict[str, float], taken: dict[str, float]) -> dict[str, str]:
+    """A part's own term names -> names in the loss, its counts noted in `taken`: of two terms called "kl" the second is "kl-2"."""
+    names = {}
+    for name, count in counts.items():
+        names[name] = next(n for n in (name, *(f"{name}-{k}" for k in range(2, len(taken) + 3))) if n not in taken)
+        taken[names[name]] = count
+    return names
+
+
+def _forward(each: list, names: list[dict[str, str]], objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> Iterator[Terms]:
     """The terms of every micro-batch. A coupled objective runs twice: statistics without gradient, then the same statistics again
     with the gradient the couple asks for - the exact gradient of a loss that is not a sum over examples, under any split."""
     device = views.world.device
@@ -144,13 +151,14 @@ def _forward(each: list, objective: Any, mine: Batch, views: Views, micro: int, 
         part = part.to(device)
         with views.world.autocast(), context(draws=address):
             terms: Terms = {}
-            for p in each:
+            for p, called in zip(each, names, strict=True):
                 if p is objective and coupling is not None:
                     again, here = p.statistics(part, views), slice(k * micro, k * micro + len(part))
-                    for n, (t, wanted) in coupling.items():
-                        terms[n] = _share(t, again, wanted, here, first=k == 0 and views.world.rank == 0)
+                    first = k == 0 and views.world.rank == 0
+                    own = {n: _share(t, again, wanted, here, first=first) for n, (t, wanted) in coupling.items()}
                 else:
-                    terms |= p.loss(part, views)
+                    own = p.loss(part, views)
+                terms |= {called[n]: t for n, t in own.items()}
         yield terms
 
 

@@ -12,7 +12,7 @@ from temperament.engine.tokens import Sampling, generate
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Rollout
-from temperament.parts import part
+from temperament.parts import at, part
 from temperament.protocols import Examples, Reward
 
 
@@ -36,13 +36,14 @@ class Sample:
     min_new: int = 0  # no end token before so many
 
     yields: ClassVar = ("Rollout",)
+    scheduled: ClassVar = ("temperature", "weights")
 
     def __post_init__(self):
         if self.group < 2:
             raise ValueError("group must be at least 2: a response is judged against the others of its group")
         if self.weights and len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}")
-        if self.temperature <= 0:
+        if isinstance(self.temperature, (int, float)) and self.temperature <= 0:
             raise ValueError("temperature must be above 0: greedy responses are all alike")
 
     def open(self, ctx: Any) -> Stream:
@@ -73,7 +74,7 @@ class Stream:
         return out
 
     def batch(self, step: int, progress: Any = None) -> Rollout:
-        spec, world = self.spec, self.ctx.world
+        spec, world = at(self.spec, progress) if progress is not None else self.spec, self.ctx.world
         numbers = [p for p in self.chosen(step) for _ in range(spec.group)]
         # A response is addressed by its prompt and its place in the group, within this step.
         examples = [p * spec.group + i % spec.group for i, p in enumerate(numbers)]
@@ -85,17 +86,18 @@ class Stream:
         rows = world.gather_rows(list(zip(made.ids, made.sampled, made.logp, made.sampling_logp, strict=True)), len(numbers))
         made.ids, made.sampled, made.logp, made.sampling_logp = (list(c) for c in zip(*rows, strict=True))
         tokens, behaviour, _ = made.batch([self.prompts[n].ids for n in numbers], examples)
-        rewards = torch.tensor(self.score(numbers, made.ids), dtype=torch.float32)
+        rewards = torch.tensor(self.score(numbers, made.ids, spec), dtype=torch.float32)
         return Rollout(tokens, behaviour, rewards, torch.tensor(numbers))
 
-    def score(self, numbers: list[int], ids: list[list[int]]) -> list[float]:
+    def score(self, numbers: list[int], ids: list[list[int]], spec: Sample | None = None) -> list[float]:
+        spec = spec or self.spec
         texts = [self.ctx.base.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
-        weights = self.spec.weights or [1.0] * len(self.spec.rewards)
+        weights = spec.weights or [1.0] * len(spec.rewards)
         total = [0.0] * len(texts)
-        for start in range(0, len(texts), self.spec.group):
+        for start in range(0, len(texts), spec.group):
             prompt = self.prompts[numbers[start]]
-            for weight, reward in zip(weights, self.spec.rewards, strict=True):
-                marks = reward.score(prompt.prompt, texts[start : start + self.spec.group], prompt.meta)
+            for weight, reward in zip(weights, spec.rewards, strict=True):
+                marks = reward.score(prompt.prompt, texts[start : start + spec.group], prompt.meta)
                 for k, mark in enumerate(marks):
                     total[start + k] += weight * (mark or 0.0)
         return total
