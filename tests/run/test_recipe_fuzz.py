@@ -1,6 +1,7 @@
 """Whatever stands in a recipe: a recipe that reads back to itself, or one sentence that names field, value and mend; never anything else."""
 
 import copy
+import os
 
 import pytest
 import yaml
@@ -32,7 +33,7 @@ SCALARS = st.one_of(
 )  # fmt: skip
 KEYS = st.one_of(st.text(max_size=8), st.sampled_from(["base", "steps", "train", "name", "source", "schedules.cosine", "adapters.lora", "select.full", "data.file", "peak", "lr", "rank"]), st.integers(), st.none())
 ANYTHING = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=12)
-QUIET = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+QUIET = settings(max_examples=int(os.environ.get("FUZZ", "80")), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def reads(document, overrides=()):
