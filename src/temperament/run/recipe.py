@@ -245,6 +245,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"the key in line {key.start_mark.line + 1} is a list or a mapping; a key is a word")
             if key.value in seen:
                 raise yaml.YAMLError(f"the key {key.value!r} stands twice, in line {key.start_mark.line + 1}")
             seen.add(key.value)
