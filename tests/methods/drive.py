@@ -1,4 +1,4 @@
-"""What tests of methods share: fresh seeds, steps of the real loop on a tiny base, recipes on the lab base, a kill and a resume."""
+"""What tests of methods share: steps of the real loop on a tiny base, recipes on the lab base, a kill and a resume."""
 
 from __future__ import annotations
 

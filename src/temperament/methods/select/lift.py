@@ -16,15 +16,15 @@ from temperament.train.packed import values_at
 @part("select.lift", papers=["216"])
 @dataclass(frozen=True)
 class Lift:
-    """LIFT: train the principal weights, the entries that are largest after a rank reduction; the choice moves as the weights do.
+    """LIFT: train the principal weights, the entries largest after a rank reduction; the choice moves as the weights do.
 
-        W_r = U_r S_r V_r^T        mask = the k largest entries of |W_r|, in each matrix        k = min((m + n) R, m n), or a share
+        W_r = U_r S_r V_r^T     mask = the k largest entries of |W_r| of each matrix (m, n)     k = min((m + n) R, m n)
 
-    Every `refresh` steps the mask is taken anew from the present W; moments of entries that stay go with them, a new entry's are zero,
-    and the step count of the bias correction runs on. Gradients are gathered and optimizer states kept for k entries alone; any
-    optimizer will do. Biases, norms and embeddings are frozen. `by` gives the paper's controls under the same budget: largest weights,
-    random ones, or the largest of what the rank reduction leaves out.
-    Source: Liu et al. 2025, LIFT the Veil for the Truth (paper 216). Its defaults for AdamW: betas (0.9, 0.95), eps 1e-6.
+    Every `refresh` steps the mask is taken anew from the present W; moments of entries that stay go with them, a new entry's
+    are zero, and the step count of the bias correction runs on. Gradients are gathered and optimizer states kept for k entries
+    alone; any optimizer will do. Biases, norms and embeddings are frozen. `by` gives the paper's controls under the same
+    budget: the largest weights, random ones, or the largest of what the rank reduction leaves out.
+    Source: Liu et al. 2025, LIFT the Veil for the Truth (paper 216). Its AdamW: betas (0.9, 0.95), eps 1e-6.
     """
 
     rate_factor: ClassVar = 3.0  # usual rate over full fine-tuning's
@@ -49,7 +49,8 @@ class Lift:
             if name is None or weight.dim() != 2 or any(p.dense is weight for p in params):
                 continue
             entries = self.choose(weight, name, ctx.seed, (ctx.round, 0))
-            params.append(Param(name, values_at(weight, entries), depth=base.places.depth_of(name), base=weight, dense=weight, entries=entries))
+            depth, values = base.places.depth_of(name), values_at(weight, entries)
+            params.append(Param(name, values, depth=depth, base=weight, dense=weight, entries=entries))
         if not params:
             raise UserError("select.lift.targets", self.targets, "no matrix is among these places; name linear maps")
 
