@@ -24,7 +24,7 @@ from temperament.engine.measure import System
 from temperament.errors import Interrupted, TemperError, UserError, WorkFailed, nearest
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, write_outcomes
+from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
 from temperament.run.state import State, chain, place_on
@@ -260,7 +260,17 @@ class _Tuning:
         """Addresses of the other artefacts a step reads."""
         if step.merge:
             return [self.states[n].key if n in self.states else n for n in spec.of]
-        return [s.key for n, s in self.states.items() if s.data]
+        read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
+        known = self.scope(step.name)
+        for name in read:
+            if name not in known:
+                raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
+        return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
+
+    def scope(self, name: str) -> dict[str, State]:
+        """The steps a step can name: all before it, and those of its own round without the round's number."""
+        within = name.rpartition("/")[0] + "/"
+        return self.states | {n.removeprefix(within): s for n, s in self.states.items() if within != "/" and n.startswith(within)}
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -271,7 +281,7 @@ class _Tuning:
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
@@ -314,7 +324,7 @@ class _Tuning:
         began = time.perf_counter()
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
-                      artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+                      artefacts=self.artefacts(start, step.name), tell=self.tell)  # fmt: skip
         items, rejected = [], []
         for item in spec.builder.make(ctx):
             (rejected if isinstance(item, dict) and "rejected_because" in item else items).append(item)
@@ -344,8 +354,8 @@ class _Tuning:
                 last = value
         return state
 
-    def artefacts(self, state: State) -> dict[str, Path]:
-        return {n: s.folder for n, s in self.states.items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+    def artefacts(self, state: State, step: str) -> dict[str, Path]:
+        return {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
 
     # -- the ledger -------------------------------------------------------------------------------------------------------------
 
