@@ -148,9 +148,10 @@ class Optimizer(Protocol):
 
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
-    batch of all processes. `yields`: kinds of batch. Optional on the stream: `steps_per_epoch`, `feedback(batch, trace)`,
-    `state_dict()`/`load_state_dict()` (only for what is not a function of the step). A part that reads numbers anew at each step names
-    them: `scheduled: ClassVar = ("temperature",)`."""
+    batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream: `steps_per_epoch`,
+    `feedback(batches, row) -> more of the row` (what the log shall say), `state_dict() -> {"tensors": ..., "json": ...}` and
+    `load_state_dict` (only for what is not a function of the step: a buffer, texts sampled earlier). A part that reads numbers anew
+    at each step names them: `scheduled: ClassVar = ("temperature",)`."""
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")

@@ -122,6 +122,11 @@ class Rounds:
     start: Literal["previous", "base", "start"] = "previous"  # version each round begins from; start: as before the first round
     until: Until | None = None  # stop rule, looked at after each round
 
+    def __post_init__(self):
+        names = [s.name or s.kind for s in self.steps]
+        if self.times < 0 or len(set(names)) < len(names) or any("/" in n for n in names):
+            raise ValueError(f"times must not be negative, and the steps of a round need unlike names without '/', not {names}")
+
 
 @dataclass(frozen=True)
 class ForEach:
@@ -155,7 +160,7 @@ class Step:
         given = [k for k in self.KINDS if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"a step is exactly one of {', '.join(self.KINDS)}; this one is {' and '.join(given) or 'none'}")
-        if self.name and not NAME.fullmatch(self.name):
+        if self.name and not all(NAME.fullmatch(word) for word in self.name.split("/")):  # rounds join names: spin/2/pairs
             raise ValueError(f"the step name {self.name!r} becomes a folder; use letters, digits, '_', '-', '.' (at most 64)")
 
     @property
@@ -225,6 +230,8 @@ def _named(recipe: Recipe) -> Recipe:
     steps, seen = [], set()
     for i, step in enumerate(recipe.steps):
         name = step.name or f"{step.kind}-{i + 1}"
+        if "/" in name:
+            raise UserError(f"steps[{i}].name", name, "the step name becomes a folder; use letters, digits, '_', '-', '.'")
         if name in seen or name in ("base", "previous", "start"):
             raise UserError(f"steps[{i}].name", name, "already taken; give each step its own name")
         seen.add(name)

@@ -77,7 +77,7 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
 
 
 def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context) -> Player:
-    needs = {n for p in [*objectives.values(), *regularizers] for n in getattr(p, "needs", ())}
+    needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
     if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):

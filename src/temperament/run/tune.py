@@ -144,6 +144,7 @@ class _Tuning:
         self.base = base
         self.rows: dict[str, dict[str, SkillResult]] = {}
         self.states: dict[str, State] = {}
+        self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
 
     def run(self) -> Run:
@@ -227,7 +228,7 @@ class _Tuning:
 
     def do(self, step: schema.Step, state: State, round: int = 0) -> State:
         """One step: from where it starts to the state it leaves."""
-        start = state if step.start == "previous" else self.states[step.start]
+        start = state if step.start == "previous" else self.state_of(step)
         if step.when and not self.holds(step.when):
             self.states[step.name] = start
             self.tell("skip", name=step.name)
@@ -250,6 +251,13 @@ class _Tuning:
         self.folder.save_run(self.json | {"status": "running", "ledger": self.ledger_json()})
         return done
 
+    def state_of(self, step: schema.Step) -> State:
+        """The state of the step that `start` names; inside rounds the last one of that name."""
+        known = self.scope(step.name)
+        if step.start not in known:
+            raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, known)}")
+        return known[step.start]
+
     def left(self, name: str) -> dict[str, Any]:
         artefact = self.last_artefact.get(name, {})
         return {k: artefact[k] for k in ("steps", "tokens", "stopped", "rows") if k in artefact}
@@ -268,9 +276,11 @@ class _Tuning:
         return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
 
     def scope(self, name: str) -> dict[str, State]:
-        """The steps a step can name: all before it, and those of its own round without the round's number."""
+        """The steps a step can name: all before it, and those of its own round (or, not yet done there, of the last one) by their
+        names inside the round."""
         within = name.rpartition("/")[0] + "/"
-        return self.states | {n.removeprefix(within): s for n, s in self.states.items() if within != "/" and n.startswith(within)}
+        latest = {short: self.states[full] for short, full in self.latest.items() if full in self.states}
+        return latest | self.states | {n.removeprefix(within): s for n, s in self.states.items() if within != "/" and n.startswith(within)}
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -281,7 +291,8 @@ class _Tuning:
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), tell=self.tell)  # fmt: skip
+                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), before=self.before(step, start),
+                      tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
@@ -320,11 +331,12 @@ class _Tuning:
         place = self.folder.step(step.name)
         data = {**start.data, step.name: str(place / "data.jsonl")}
         if artefact:
+            self.last_artefact = {**self.last_artefact, step.name: artefact}
             return replace(start, key=key, data=data)
         began = time.perf_counter()
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
-                      artefacts=self.artefacts(start, step.name), tell=self.tell)  # fmt: skip
+                      artefacts=self.artefacts(start, step.name), before=self.before(step, start), tell=self.tell)  # fmt: skip
         items, rejected = [], []
         for item in spec.builder.make(ctx):
             (rejected if isinstance(item, dict) and "rejected_because" in item else items).append(item)
@@ -333,7 +345,8 @@ class _Tuning:
         if self.folder.write:
             write_atomic(place / "data.jsonl", "".join(json.dumps(i) + "\n" for i in items))
             write_atomic(place / "rejected.jsonl", "".join(json.dumps(i) + "\n" for i in rejected))
-        self.folder.finish(step.name, key, kind="build", rows=len(items), rejected=len(rejected), seconds=time.perf_counter() - began)
+        content = {"rows": len(items), "rejected": len(rejected), "seconds": time.perf_counter() - began}
+        self.last_artefact = {**self.last_artefact, step.name: self.folder.finish(step.name, key, kind="build", **content)}
         return replace(start, key=key, data=data)
 
     def rounds(self, step: schema.Step, start: State) -> State:
@@ -342,8 +355,10 @@ class _Tuning:
             begin = {"previous": state, "base": self.states["base"], "start": start}[spec.start]
             state = replace(begin, data=state.data)
             for inner in self.expand(spec.steps):
-                named = replace(inner, name=f"{step.name}/{i + 1}/{inner.name or inner.kind}")
+                short = inner.name or inner.kind
+                named = replace(inner, name=f"{step.name}/{i + 1}/{short}")
                 state = self.do(named, state, round=i)
+                self.latest[short] = named.name
             self.states[step.name] = state
             value = self.value(spec.until.skill) if spec.until else None
             if value is not None:
@@ -355,7 +370,13 @@ class _Tuning:
         return state
 
     def artefacts(self, state: State, step: str) -> dict[str, Path]:
-        return {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+        """Folders (or data files) earlier steps left, by the names this step can use."""
+        left = {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+        return left | {short: left[name] for short, name in self.latest.items() if name in left and short not in left}
+
+    def before(self, step: schema.Step, state: State) -> Path | None:
+        """What this same step left in the round before."""
+        return self.artefacts(state, "").get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
 
     # -- the ledger -------------------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @dataclass
 class Context:
     """batch, micro: rows of an optimizer step, rows of a forward. live, views: the main player, once it is built (a source may generate
-    with it). artefacts: folders of earlier steps by name. round: number of the round this step is in. folder: scratch that is
-    kept with the step. tell: event sink for progress that takes long."""
+    with it). artefacts: folders of earlier steps, and files of rows that were built, by name. round: number of the round this step is in;
+    before: what this same step left in the round before. folder: scratch that is kept with the step. tell: event sink for progress that takes long."""
 
     base: Base
     world: World
@@ -35,6 +35,7 @@ class Context:
     aides: Mapping[str, Any] = field(default_factory=dict)
     inference: Sequence[Any] = ()
     artefacts: Mapping[str, Path] = field(default_factory=dict)
+    before: Path | None = None
     tell: Callable[..., None] = lambda event, **data: None
 
     def delta(self, step: str, field: str = "of") -> Delta:
