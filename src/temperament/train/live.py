@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament.delta import Change, Delta, Replace, Sparse
+from temperament.delta.combined import add
 from temperament.errors import UserError
 from temperament.nn.pieces import Piece, Switch, attach
 from temperament.train import packed
