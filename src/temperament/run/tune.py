@@ -129,11 +129,25 @@ def tune(
     world = World(recipe.precision.compute, recipe.log_with, device=recipe.device)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     folder = Folder(out, write=world.main)
-    before = folder.open(resume, fresh)
+    before = _opened(folder, world, resume, fresh)
     if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
         tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
     with folder.alone():
         return _Tuning(recipe, folder, world, base, tell).run()
+
+
+def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str, Any]:
+    """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has just written."""
+    before, problem = {}, None
+    if world.main:
+        try:
+            before = folder.open(resume, fresh)
+        except TemperError as raised:
+            problem = raised
+    before, sentence, code = world.same((before, str(problem or ""), getattr(problem, "exit_code", 0)))
+    if sentence:
+        raise problem or (UserError("--out", str(folder.path), "the main process refused it") if code == 2 else WorkFailed(sentence))
+    return before
 
 
 class _Tuning:
