@@ -280,7 +280,7 @@ class _Tuning:
             self.cost["seconds"] += artefact.get("seconds", 0.0)
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
+        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round, aides=self.recipe.aides,
                       inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
