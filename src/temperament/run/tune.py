@@ -304,14 +304,9 @@ class _Tuning:
             self.cost["seconds"] += artefact.get("seconds", 0.0)
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
-<<<<<<< HEAD
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), before=self.before(step, start),
-                      tell=self.tell)  # fmt: skip
-=======
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), tell=self.tell)  # fmt: skip
->>>>>>> unlikea
+        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round,
+                      aides=self.recipe.aides, inference=self.recipe.inference, artefacts=self.artefacts(start, step.name),
+                      before=self.before(step, start), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
