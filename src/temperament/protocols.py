@@ -3,6 +3,10 @@
 A protocol names the `rooms` whose parts may fill it and the methods they `must` have; everything else a part may add is
 *optional* and looked up by name, so a method states only what it needs. Nothing here imports torch.
 
+Of any room, optional: `inputs`, names of earlier steps whose artefacts the part reads (`ctx.delta(name)`, `ctx.artefacts[name]`): the
+recipe is refused where there is no such step before it, and the part's own step is done anew when theirs changed; `fingerprint()` of the
+files it reads, to the same end.
+
 How a train step meets them, in order:
 
     source.open(ctx) -> stream                    stream.batch(k) -> whole effective batch(es), the same on every process

@@ -302,15 +302,15 @@ def perturbed(player: Player, seed: int, few_of: int = 12) -> Iterator[None]:
         for name, p in player.live.params.items():
             own = name in player.live.start
             role = (name.rpartition(".")[0].rpartition(".")[2], p.role)
-            if not p.tensor.is_floating_point() or (own and (role in roles or len(roles) >= few_of)):
+            if not p.held.is_floating_point() or (own and (role in roles or len(roles) >= few_of)):
                 continue
             if own:
                 roles.add(role)
-            old = p.tensor.data
+            old = p.held.data
             size = 0.02 if not own else 0.02 * float(old.float().std(correction=0)) + 1e-4
             noise = torch.randn(old.shape, generator=generator(seed, f"check/{name}")).to(old)
-            undo.append((p.tensor, old))
-            p.tensor.data = old + size * noise
+            undo.append((p.held, old))
+            p.held.data = old + size * noise
         yield
     finally:
         for tensor, old in undo:

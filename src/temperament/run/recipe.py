@@ -237,8 +237,23 @@ def _named(recipe: Recipe) -> Recipe:
         seen.add(name)
         if step.start not in ("previous", "base", *(s.name for s in steps)):
             raise UserError(f"steps[{i}].start", step.start, f"not a step before this one; {nearest(step.start, ['previous', 'base', *(s.name for s in steps)])}")
+        _readable(step, name, {s.name for s in steps})
         steps.append(replace(step, name=name))
     return replace(recipe, steps=steps)
+
+
+def _readable(step: Step, name: str, before: set[str]) -> None:
+    """Every step that a part reads (its `inputs`) stands before it, outside or in the same round."""
+    from temperament.run.artefacts import walk_all
+
+    for inner in step.rounds.steps if step.rounds else ():
+        _readable(inner, f"{name}/{inner.name or inner.kind}", before)
+        before = {*before, inner.name or inner.kind}
+    for spec in (step.train, step.build):
+        for p in walk_all(spec) if spec else ():
+            for read in getattr(p, "inputs", ()):
+                if read not in before:
+                    raise UserError(f"{name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}")
 
 
 class _Loader(yaml.SafeLoader):

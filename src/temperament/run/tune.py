@@ -24,7 +24,7 @@ from temperament.engine.measure import System
 from temperament.errors import Interrupted, TemperError, UserError, WorkFailed, nearest
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, write_outcomes
+from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
 from temperament.run.state import State, chain, place_on
@@ -252,11 +252,11 @@ class _Tuning:
         return done
 
     def state_of(self, step: schema.Step) -> State:
-        """The state of the step that `start` names; inside rounds the last one of that name."""
-        name = self.latest.get(step.start, step.start)
-        if name not in self.states:
-            raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, [*self.states, *self.latest])}")
-        return self.states[name]
+        """The state of the step that `start` names."""
+        known = self.scope(step.name)
+        if step.start not in known:
+            raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, known)}")
+        return known[step.start]
 
     def left(self, name: str) -> dict[str, Any]:
         artefact = self.last_artefact.get(name, {})
@@ -268,7 +268,16 @@ class _Tuning:
         """Addresses of the other artefacts a step reads."""
         if step.merge:
             return [self.states[n].key if n in self.states else n for n in spec.of]
-        return [s.key for n, s in self.states.items() if s.data]
+        read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
+        known = self.scope(step.name)
+        for name in read:
+            if name not in known:
+                raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
+        return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
+
+    def scope(self, name: str) -> dict[str, State]:
+        """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
+        return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -279,7 +288,7 @@ class _Tuning:
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start), before=self.before(step, start),
+                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), before=self.before(step, start),
                       tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
@@ -324,7 +333,7 @@ class _Tuning:
         began = time.perf_counter()
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
-                      artefacts=self.artefacts(start), before=self.before(step, start), tell=self.tell)  # fmt: skip
+                      artefacts=self.artefacts(start, step.name), before=self.before(step, start), tell=self.tell)  # fmt: skip
         items, rejected = [], []
         for item in spec.builder.make(ctx):
             (rejected if isinstance(item, dict) and "rejected_because" in item else items).append(item)
@@ -357,14 +366,14 @@ class _Tuning:
                 last = value
         return state
 
-    def artefacts(self, state: State) -> dict[str, Path]:
-        """What earlier steps left, by name; a step inside rounds also by its name there, which is that of the last one done."""
-        left = {n: s.folder for n, s in self.states.items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
-        return {short: left[name] for short, name in self.latest.items() if name in left} | left
+    def artefacts(self, state: State, step: str) -> dict[str, Path]:
+        """What earlier steps left, by name: folders of changes, files of rows."""
+        rows = {n: Path(p) for n, p in state.data.items()}
+        return {n: s.folder for n, s in self.scope(step).items() if s.folder} | {s: rows[n] for s, n in self.latest.items() if n in rows} | rows
 
     def before(self, step: schema.Step, state: State) -> Path | None:
         """What this same step left in the round before."""
-        return self.artefacts(state).get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
+        return self.artefacts(state, step.name).get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
 
     # -- the ledger -------------------------------------------------------------------------------------------------------------
 

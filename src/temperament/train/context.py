@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from temperament.errors import UserError, nearest
+
 if TYPE_CHECKING:
     from temperament.bases.load import Base
+    from temperament.delta import Delta
     from temperament.train.live import Live
     from temperament.train.loop import Views
     from temperament.train.world import World
@@ -34,3 +37,11 @@ class Context:
     artefacts: Mapping[str, Path] = field(default_factory=dict)
     before: Path | None = None
     tell: Callable[..., None] = lambda event, **data: None
+
+    def delta(self, step: str, field: str = "of") -> Delta:
+        """The change from the pure base to where an earlier step ended. A part that reads one names it in its `inputs`."""
+        from temperament.delta import Delta
+
+        if step not in self.artefacts:
+            raise UserError(field, step, f"no step before this one left a change of that name; {nearest(step, self.artefacts)}")
+        return Delta.load(Path(self.artefacts[step]) / "delta")

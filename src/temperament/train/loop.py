@@ -196,6 +196,7 @@ def update(player: Player, progress: Progress, norm: float) -> float:
     player.live.before_step(progress)
     player.stepper.step()
     player.live.after_step(progress)
+    player.live.reselect(progress, player.stepper.state)
     player.stepper.zero_grad(set_to_none=True)
     if player.ema is not None:
         _average(player.live, player.ema)
@@ -208,7 +209,7 @@ def _average(live: Live, decay: float) -> None:
         live.mark("ema")
         return
     for name, p in live.params.items():
-        live.versions["ema"][name].lerp_(p.tensor.detach(), 1 - decay)
+        live.versions["ema"][name].lerp_(p.held.detach(), 1 - decay)
 
 
 def train(
