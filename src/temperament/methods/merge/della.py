@@ -36,7 +36,7 @@ class Della(Blockwise):
         w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")
         density, epsilon = site.each(self.density, "density"), site.each(self.epsilon, "epsilon")
         for d, e in zip(density, epsilon, strict=True):
-            if 0 < d < 1 and not (0 < d - e and d + e < 1):
+            if 0 < d < 1 and not (d - e > 0 and d + e < 1):
                 raise UserError("merge.della.epsilon", e, f"density {d} plus and minus it must stay between 0 and 1")
 
         def combine(b):
