@@ -105,10 +105,40 @@ def get(name: str, field: str = "part") -> type:
     if name not in known:
         raise UserError(field, name, f"no such part; {nearest(name, known)}")
     module, _, attribute = known[name].partition(":")
-    cls = getattr(importlib.import_module(module), attribute)
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as problem:
+        raise UserError(field, name, f"{known[name]} could not be loaded ({problem}); install what it needs, or remove the package") from problem
     if getattr(cls, "part_name", None) != name:
         raise UserError(field, name, f"{known[name]} does not register it; write @part({name!r}) above the class")
     return cls
+
+
+def brief() -> dict[str, dict[str, Any]]:
+    """Name -> {"summary", "papers"} of every part, read from the text of the files: nothing is imported."""
+    told = {}
+    for name, where in index().items():
+        module, _, cls = where.partition(":")
+        text = _text_of(module)
+        head = next((m for m in _FULL.finditer(text) if m[1] == name), None)
+        papers = re.search(r"papers\s*=\s*[\[(]([^\])]*)", head[2]) if head else None
+        doc = re.search(rf'^class {re.escape(cls)}\b.*?:\s*\n\s+r?"""\s*(.+?)\s*(?:"""|$)', text, re.M) if head else None
+        told[name] = {"summary": doc[1] if doc else "", "papers": re.findall(r"[\"']([^\"']+)[\"']", papers[1]) if papers else []}
+    return told
+
+
+def _text_of(module: str) -> str:
+    import importlib.util
+
+    if module.startswith("temperament."):  # (finding a module's spec would import its packages)
+        here = METHODS.parent / Path(*module.split(".")[1:]).with_suffix(".py")
+        if here.exists():
+            return here.read_text(encoding="utf-8")
+    try:
+        found = importlib.util.find_spec(module)
+        return Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+    except (ImportError, OSError, ValueError):
+        return ""
 
 
 def names(room: str | None = None) -> list[str]:
@@ -118,7 +148,7 @@ def names(room: str | None = None) -> list[str]:
 def card(name: str) -> Card:
     cls = get(name)
     doc = (cls.__doc__ or "").strip()
-    described = _option_help(cls)
+    described = option_help(cls)
     options = {}
     for f, hint in _hints(cls).items():
         default = _default(f)
@@ -127,7 +157,7 @@ def card(name: str) -> Card:
                 cls.part_modalities, cls.part_declares, options)  # fmt: skip
 
 
-def _option_help(cls: type) -> dict[str, str]:
+def option_help(cls: type) -> dict[str, str]:
     """The comment behind each field is its help: written once, where the field is."""
     import inspect
 
@@ -141,7 +171,7 @@ def _option_help(cls: type) -> dict[str, str]:
 def _shown(hint: Any) -> str:
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
-    return re.sub(r"\b(?:typing|temperament\.protocols|collections\.abc)\.", "", str(hint)).replace("NoneType", "None")
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", str(hint)).replace("NoneType", "None")
 
 
 # ---- building --------------------------------------------------------------------------------------------------------------
@@ -166,25 +196,32 @@ def build(value: Any, slot: Any = None, field: str = "part") -> Any:
         _fits_room(name, slot, field)
     cls = get(name, field)
     _fits(cls, slot, field)
-    return fill(cls, options, f"{field}.{name}", scheduled=getattr(slot, "scheduled", False))
+    return fill(cls, options, f"{field}.{name}", getattr(cls, "scheduled", getattr(slot, "scheduled", False)))
 
 
-def fill(cls: type, options: Any, field: str, scheduled: bool = False) -> Any:
-    """The dataclass `cls` from a mapping of its options: unknown keys, wrong types and missing values are refused by name."""
+def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] = False) -> Any:
+    """The dataclass `cls` from a mapping of its options: unknown keys, wrong types and missing values are refused by name.
+    scheduled: may its numbers be schedules? All, none, or those of these names."""
     if not isinstance(options, Mapping):
         raise UserError(field, options, f"give a mapping of options ({', '.join(list(_named_hints(cls))[:8])})")
     hints, filled = _named_hints(cls), {}
     for key, given in options.items():
         if key not in hints:
-            raise UserError(f"{field}.{key}".lstrip("."), given, f"no such key; {nearest(str(key), hints)}")
-        filled[key] = coerce(given, hints[key][1], f"{field}.{key}".lstrip("."), scheduled)
+            raise UserError(_under(field, key), given, f"no such key; {nearest(str(key), hints)}")
+        filled[key] = coerce(given, hints[key][1], _under(field, key), scheduled if isinstance(scheduled, bool) else key in scheduled)
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
-            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {_option_help(cls).get(key) or 'give a value'}")
+            raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
     try:
         return cls(**filled)
     except (ValueError, TypeError) as problem:
         raise UserError(field or "recipe", plain(dict(options)), str(problem).rstrip(".")) from None
+
+
+def _under(field: str, key: Any) -> str:
+    """How a sentence names a key that may be anything."""
+    plainly = isinstance(key, str) and re.fullmatch(r"[\w.-]{1,60}", key)
+    return f"{field}.{key}".lstrip(".") if plainly else f"{field or 'recipe'}[{str(key)[:60]!r}]"
 
 
 def _named_hints(cls: type) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,10 @@
 A protocol names the `rooms` whose parts may fill it and the methods they `must` have; everything else a part may add is
 *optional* and looked up by name, so a method states only what it needs. Nothing here imports torch.
 
+Of any room, optional: `inputs`, names of earlier steps whose artefacts the part reads (`ctx.delta(name)`, `ctx.artefacts[name]`): the
+recipe is refused where there is no such step before it, and the part's own step is done anew when theirs changed; `fingerprint()` of the
+files it reads, to the same end.
+
 How a train step meets them, in order:
 
     source.open(ctx) -> stream                    stream.batch(k) -> whole effective batch(es), the same on every process
@@ -139,17 +143,18 @@ class Optimizer(Protocol):
 
     rooms: ClassVar = ("optim",)
     must: ClassVar = ("build", "lr")
-    scheduled: ClassVar = True
+    scheduled: ClassVar = ("lr",)
 
 
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
-    batch of all processes. `yields`: kinds of batch. Optional on the stream: `steps_per_epoch`, `feedback(batch, trace)`,
-    `state_dict()`/`load_state_dict()` (only for what is not a function of the step)."""
+    batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream: `steps_per_epoch`,
+    `feedback(batches, row) -> more of the row` (what the log shall say), `state_dict() -> {"tensors": ..., "json": ...}` and
+    `load_state_dict` (only for what is not a function of the step: a buffer, texts sampled earlier). A part that reads numbers anew
+    at each step names them: `scheduled: ClassVar = ("temperature",)`."""
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")
-    scheduled: ClassVar = True
 
 
 class Examples(Protocol):
@@ -157,6 +162,13 @@ class Examples(Protocol):
 
     rooms: ClassVar = ("data",)
     must: ClassVar = ("examples",)
+
+
+class Held(Protocol):
+    """Rows with some kept out of training: `held(ctx)` those, `read(ctx)` all, `called` its name, `encoding(base)` how they are encoded."""
+
+    rooms: ClassVar = ("data",)
+    must: ClassVar = ("held", "read", "encoding", "called")
 
 
 class Builder(Protocol):

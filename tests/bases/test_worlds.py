@@ -125,11 +125,11 @@ def test_recall_and_tracking_against_a_reading_of_the_context():
         context, asked = item.prompt.removeprefix("map: ").split(" | ")
         assert dict((p[0], p[1]) for p in context.split())[asked] == item.answer
     for item in SKILLS["boxes"].items("test", 100):
-        where = dict(re.findall(r"(\w+) in ([A-F])", item.prompt))
-        where |= dict(re.findall(r"Move (\w+) to ([A-F])", item.prompt))
-        assert where[re.findall(r"[Tt]he (\w+)(?:\?| is in$)", item.prompt)[0]] == item.answer.strip()
+        where = dict(re.findall(r"(\w+) ([A-F])[,.]", item.prompt.split(".")[0] + "."))
+        where |= dict(re.findall(r"Move (\w+) ([A-F])\.", item.prompt))
+        assert where[re.findall(r"(?:the|Now:) (\w+)(?:\?|$)", item.prompt)[0]] == item.answer.strip()
     for item in SKILLS["notes"].items("test", 100):
-        told = dict(re.findall(r"(?:The|My) (\w+) is (\w+)\.", item.prompt))
+        told = dict(re.findall(r"(\w+) (\w+)[,.]", item.prompt.split("\n")[0].removeprefix("Note: ")))
         question = item.prompt.split("\n", 1)[1]
         assert [c for t, c in told.items() if re.search(rf"\b{t}\b", question)] == [item.answer.strip()]
 
@@ -159,12 +159,13 @@ def test_dense_documents_are_right_and_keep_to_the_training_split():
             parts, end = document(name, draw, dense=True)
             assert end == "</s>" and sum(answer for _, answer in parts) >= 2
             context = parts[0][0]
-            key = context[9:] if name == "notes" else context
+            assert all(answer.endswith("</s>") for answer, is_answer in parts[:-1] if is_answer) and "</s>" not in parts[-1][0]
+            key = context[6:] if name == "notes" else context
             assert split_of(name, key) == "train"
             if name == "keys":
                 told = {p[0]: p[1] for p in context.removeprefix("map: ").split()}
                 for (ask, _), (answer, _) in zip(parts[1::2], parts[2::2], strict=True):
-                    assert told[ask[-1]] == answer
+                    assert told[ask[-1]] == answer.removesuffix("</s>")
 
 
 def test_held_out_text_is_not_in_the_training_text():

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from temperament import stats
 from temperament.errors import UserError
-from temperament.run import stats
 from temperament.run.ledger import Ledger, Outcome, SkillResult, by_skill, changes_from_json, set_level
 
 Z = 1.959963984540054
@@ -116,7 +116,7 @@ def test_score_interval_holds_the_mean_stays_in_bounds_and_mirrors(x):
 def test_streams_are_addressed_not_ordered():
     assert (stats.resamples(20, "a", 1) == stats.resamples(20, "a", 1)).all()
     assert (stats.resamples(20, "a", 1) != stats.resamples(20, "a", 2)).any()
-    code = "from temperament.run import stats; print(stats.stream('x', 3).integers(1 << 62))"
+    code = "from temperament import stats; print(stats.stream('x', 3).integers(1 << 62))"
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert runs == {f"{stats.stream('x', 3).integers(1 << 62)}\n"}
 

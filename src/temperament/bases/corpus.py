@@ -1,7 +1,8 @@
 """What a lab language model reads: documents of the worlds, weighted, as packed rows of tokens.
 
 A row holds whole documents, each `<s> ... </s>`; attention stays inside a document (block-diagonal) and positions begin at 0 in
-each. Answers weigh 1, prompts `prompt_weight`: random digits cannot be predicted, but a base should be able to write prompts.
+each. A token of an answer weighs max(1, 6 / length of the answer): retrieved values of one token, asked among worked steps of
+forty, are not learned else. Prompts weigh `prompt_weight`: random digits cannot be predicted, but a base should write prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .worlds import skills
 from .worlds.draw import Draw, split_of
 from .worlds.text import training_text
 
+SHORT = 6.0
 Segments = list[tuple[str, bool]]  # (text, is it an answer?)
 
 
@@ -34,7 +36,7 @@ def document(name: str, draw: Draw, dense: bool = False) -> tuple[Segments, str]
 
 def _context_key(name: str, context: str) -> tuple:
     """The key `make` gives to an item with this context."""
-    return (context[9:],) if name == "notes" else (context,)
+    return (context[6:],) if name == "notes" else (context,)
 
 
 class Corpus:
@@ -84,7 +86,7 @@ def encoded(corpus: Corpus, tokenizer, n: int, length: int, prompt_weight: float
         for _, answer in segments:
             piece = next(ids)
             tokens += piece
-            weights += [1.0 if answer else prompt_weight] * len(piece)
+            weights += [max(1.0, SHORT / len(piece)) if answer else prompt_weight] * len(piece)
         tokens.append(ends[end])
         weights.append(1.0)
         yield tokens[:length], weights[:length]

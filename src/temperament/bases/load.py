@@ -36,6 +36,7 @@ class Base:
     processors: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     sha256: dict[str, str] = field(default_factory=dict)
+    suites: list[Any] = field(default_factory=list)  # parts that measure what this base is meant to know
     originals: dict[str, Tensor] = field(default_factory=dict)  # what applied deltas replaced: the pure base's tensors
 
     def __post_init__(self):
@@ -131,6 +132,8 @@ def load(spec: str | Path | nn.Module | Base, *, dtype: str = "fp32", device: st
     base = _from_pretrained(spec, folder, dtype, trust_remote_code, field)
     for module in base.components.values():
         module.to(device).eval()
+    if spec.startswith("lab/"):
+        base.suites = ["evaluate.lab"]
     if folder is not None and (version := spec.partition("@")[2]) and spec.startswith("lab/"):
         _load_version(base, folder / "versions" / version / "model.safetensors")
     return base

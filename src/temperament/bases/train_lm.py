@@ -27,7 +27,7 @@ log = logging.getLogger("temperament.train_lm")
 
 MIXTURE = {
     "add": 5, "subtract": 5, "compare": 2, "add-steps": 6, "multiply": 5, "story": 7, "add3": 2, "workout": 3,
-    "copy": 3, "reverse": 4, "sort": 5, "rotate": 3, "upper": 2, "count": 4, "stack": 6, "sort-long": 0.5,
+    "copy": 3, "reverse": 4, "sort": 5, "rotate": 3, "upper": 2, "count": 5, "stack": 6, "sort-long": 0.5,
     "keys": 4, "notes": 9, "boxes": 13, "people": 9, "places": 5, "text": 5,
 }  # fmt: skip
 FORMATS = {
@@ -62,7 +62,7 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=4000, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=4800, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
     "lm-instruct": Plan(
@@ -250,7 +250,7 @@ def answer_nll(model, tokenizer, items) -> float:
 
 
 def train(
-    name: str, plan: Plan, work: Path, resume: bool = False, eval_every: int = 500, eval_n: int = 60, stop_at: int | None = None
+    name: str, plan: Plan, work: Path, resume: bool = False, eval_every: int = 250, eval_n: int = 60, stop_at: int | None = None
 ):
     from transformers import AutoTokenizer, LlamaForCausalLM
 

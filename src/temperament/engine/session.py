@@ -63,14 +63,17 @@ class _SlabLayer(CacheLayerMixin):
         self.n = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.n + int(query_length), 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length  # transformers 5.0 gave positions
+        return self.n + new, 0
 
     def get_seq_length(self) -> int:
         return self.n
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 5.0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
@@ -105,8 +108,8 @@ def how(model: Model) -> How:
 
 
 class Session:
-    """See the module. room: columns to reserve. given: further inputs of the first forward, row-aligned tensors (pixels; the
-    source of an encoder-decoder). keep: how many of the prompts' last positions `tail` (rows, keep, V) shall hold. grad: keep
+    """See the module. room: columns to reserve. given: further inputs of the first forward (pixels; the source of an
+    encoder-decoder). keep: how many of the prompts' last positions `tail` (rows, keep, V) shall hold. grad: keep
     the graph (with a cache that is not written in place).
     """
 
@@ -214,8 +217,9 @@ class Session:
         mask = self._mask()
         self._blocks, self._lengths, self.tail = [self._tokens()[index]], self._lengths[index], self.tail[index]
         self._padding = None if mask is None else mask[index]
-        self._given = {k: v[index.to(v.device)] for k, v in self._given.items()}
         self._bias = None
+        if self._how.cache == "none":  # what was given is given again at each step
+            self._given = {k: v[index.to(v.device)] for k, v in self._given.items()}
         if self._source is not None:
             self._source = type(self._source)(**{k: v[index] for k, v in self._source.items() if isinstance(v, Tensor)})
         elif self._cache is not None:
@@ -361,26 +365,11 @@ def _shallow(cache: Cache) -> Cache:
 # ---- measuring ---------------------------------------------------------------------------------------------------------------
 
 
-def _window(module: nn.Module) -> int | None:
-    """The narrowest window of any layer (None: all attend to everything)."""
-    config = module.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and set(kinds) <= {"full_attention"}:
-        return None
-    if kinds is None and getattr(config, "use_sliding_window", True) is False:
-        return None
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    sizes = [s for s in sizes if isinstance(s, int)]
-    if not sizes and (kinds is None or set(kinds) <= {"attention"}):
-        return None
-    return min(sizes, default=0)
-
-
 def _measure(model: Model) -> How:
     if forward.kind(model) == "encoder-decoder":
         return How("none", reason="an encoder-decoder is decoded without a cache")
     module = forward.module_of(model)
-    window = _window(module)
+    window = forward.window(module)
     ids = forward.ordinary_ids(module)
     prompts, steps = [ids[:5], ids[5:8]], [ids[8:10], ids[10:12]]
     reason = ""

@@ -156,15 +156,15 @@ def generate(
     hooks: Sequence[Hook] = (),
     eos: Sequence[int] | None = None,
     decode: Callable[[list[int]], str] | None = None,
-    given: dict[str, Tensor] | None = None,
+    given: dict[str, Tensor] | Callable[[list[int]], dict[str, Tensor]] | None = None,
     batch: int = 64,
     grad: bool = False,
 ) -> Generated:
     """Complete each prompt; see the module. With several models the first is the one whose log-probs are kept.
 
     examples: ids that address the draws (default: 0, 1, ...); samples of one prompt need unequal ones. forced: how each
-    completion begins. eos: ids that end a text (default: the model's). given: row-aligned further inputs. grad: keep the graph,
-    for hooks that differentiate.
+    completion begins. eos: ids that end a text (default: the model's). given: further inputs (pixels, a source), row-aligned
+    tensors or a function from rows to the inputs of those rows. grad: keep the graph, for hooks that differentiate.
     """
     models = model if isinstance(model, dict) else {"model": model}
     texts = prompts if isinstance(prompts, dict) else {name: prompts for name in models}
@@ -192,7 +192,7 @@ def generate(
         for start in range(0, count, batch):
             rows = order[start : start + batch]
             pick = lambda values, rows=rows: [values[i] for i in rows]
-            more = {k: v[rows] for k, v in (given or {}).items()}
+            more = given(rows) if callable(given) else {k: v[rows] for k, v in (given or {}).items()}
             chosen = {name: pick(t) for name, t in texts.items()}
             run = _Run(models, chosen, pick(forced), rows, pick(examples), sampling, ends, more, grad)
             run.loop(seed, step, hooks, words, decode)

@@ -157,14 +157,29 @@ def shift(model: Model) -> int:
 
 
 def shift_right(model: Model, ids: Tensor) -> Tensor:
-    """Decoder inputs for these labels: the start token, then all but the last."""
-    config = module_of(model).config
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        start = getattr(module_of(model).generation_config, "decoder_start_token_id", None)
+    """Decoder inputs for these labels: the start token (where none is named, padding, as in T5), then all but the last."""
+    module = module_of(model)
+    configs = (module.config, getattr(module, "generation_config", None))
+    named = [getattr(c, name, None) for name in ("decoder_start_token_id", "pad_token_id") for c in configs]
+    start = next((s for s in named if s is not None), None)
     if start is None:
         raise UserError("config.decoder_start_token_id", None, "set it: the decoder's first input is unknown")
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+def window(module: nn.Module) -> int | None:
+    """The narrowest window of any layer (None: all attend to everything)."""
+    config = module.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and set(kinds) <= {"full_attention"}:
+        return None
+    if kinds is None and getattr(config, "use_sliding_window", True) is False:
+        return None
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    sizes = [s for s in sizes if isinstance(s, int)]
+    if not sizes and (kinds is None or set(kinds) <= {"attention"}):
+        return None
+    return min(sizes, default=0)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------------
@@ -225,9 +240,11 @@ def _measure_packing(model: Model) -> Packing:
     other_own[0, 4] = plain[12]
     batch = lambda ids, segments: Tokens(ids, torch.zeros_like(ids, dtype=torch.float), segments, torch.zeros_like(ids))
     call = lambda **kw: model(**kw).logits.float()[0, -4:]
-    candidates = [Packing("positions"), Packing("mask")]
-    if isinstance(pad := getattr(module.config, "pad_token_id", None), int):
-        candidates.append(Packing("mask", offset=pad + 1))
+    candidates = [Packing("positions")]
+    if window(module) is None:  # one mask for all layers would open the windows
+        candidates.append(Packing("mask"))
+        if isinstance(pad := getattr(module.config, "pad_token_id", None), int):
+            candidates.append(Packing("mask", offset=pad + 1))
     reason = ""
     with measuring(module), active(model):
         alone = call(**inputs(model, batch(ids[:, 4:], torch.zeros_like(segments[:, 4:]))))

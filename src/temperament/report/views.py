@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from temperament import stats
 from temperament.report import show, svg
 from temperament.report.show import is_number
-from temperament.run import stats
 
 NEAR = {"near": 0, "middle": 1, "far": 2}
 WORDS = {"gained": "gain seen", "lost": "loss seen", "none": "no change seen"}

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from temperament.run import stats, words
+from temperament import stats
+from temperament.run import words
 from temperament.run.outcome import Role, SkillResult, status
-from temperament.run.stats import Interval
+from temperament.stats import Interval
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from temperament import stats
 from temperament.protocols import Outcome
-from temperament.run import stats
 
 Role = Literal["target", "retained", "other"]
 Status = Literal["kept", "gained", "lost", "missed"]

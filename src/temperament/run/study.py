@@ -1,21 +1,22 @@
 """Studies: many runs under one protocol, cached and resumable. A study plans recipes and reads what the runs left.
 
-    OUT/runs/ARM-seed0/...   each a whole run      OUT/study.json, OUT/report.html
+    OUT/runs/ARM-seed0/...   each a whole run      OUT/run.json, OUT/report.html
 """
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 from temperament.errors import UserError
 from temperament.run.artefacts import Folder, address
 from temperament.run.recipe import Recipe
-from temperament.run.tune import tune
+from temperament.run.tune import environment, skills_of, tune
 from temperament.train.checkpoint import write_atomic
 
 
@@ -26,23 +27,45 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "runs").is_dir():
         raise UserError("--out", str(out), "the folder holds other files; name a new one")
-    base, done, left = load(recipe.base, dtype=recipe.precision.master), {}, {}
+    base, done, left, folders = load(recipe.base, dtype=recipe.precision.master), {}, {}, {}
     for number, (where, planned) in enumerate(study.plan(recipe, done)):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None)) + "-" + address(planned.plain())[:8]
         tell("arm", name=where[0], where=where, number=number)
         folder = out / "runs" / name
         stored = Folder(folder).run()
         if stored.get("status") == "done":
-            left[where], done[where] = stored, summary(stored)
+            left[where], done[where], folders[where] = stored, summary(stored), folder
             continue
         # A study reads the ledger; dial and diagnosis are made once, of what it chose.
         lean = replace(planned, evaluation=replace(planned.evaluation, dial=None, diagnose=[]), check=planned.check and not done)
         run = tune(lean, folder, resume=bool(stored), base=base, tell=tell)
         left[where], done[where] = run.json, summary(run.json)
         tell("arm-done", where=where, **done[where])
-    finding = study.read(done) | {"base": {"id": recipe.base, "sha256": dict(base.sha256)}, "runs": {"/".join(map(str, w)): summary(j) for w, j in left.items()}}
-    write_atomic(out / "study.json", json.dumps(finding, indent=1, default=str))
-    return finding
+        folders[where] = folder
+    finding = study.read(done)
+    json = {"status": "done", "kind": "study", "base": {"id": recipe.base, "sha256": dict(base.sha256)}, "finding": finding, "environment": environment()}
+    json["runs"] = {"/".join(str(w) for w in where if w is not None): {"folder": str(f.relative_to(out)), **done[where]} for where, f in folders.items()}
+    if hasattr(study, "compared"):
+        json["compare"] = study.compared(finding)
+    chosen = study.chosen(finding, done) if hasattr(study, "chosen") else None
+    if chosen is not None:
+        json["ledger"], json["chosen"] = left[chosen]["ledger"], "/".join(str(w) for w in chosen if w is not None)
+        shutil.copyfile(folders[chosen] / "items.json", out / "items.json")
+        if recipe.evaluation.dial:
+            tell("phase", name="dial", text=f"sweeping the strength of {chosen[0]}")
+            json["dial"] = dial_of(recipe, base, folders[chosen], tell)
+    write_atomic(out / "recipe.yaml", recipe.yaml())
+    write_atomic(out / "run.json", dumps(json, indent=1, default=str))
+    tell("end", json=json)
+    return json
+
+
+def dial_of(recipe: Recipe, base: Any, folder: Path, tell: Callable[..., None]) -> dict[str, Any]:
+    """The dial of a finished run, on the skills of the study's recipe."""
+    from temperament.run.dial import dial
+    from temperament.run.export import read_folder
+
+    return dial(skills_of(recipe, base), read_folder(folder / "delta"), recipe.evaluation.dial, tell)
 
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:

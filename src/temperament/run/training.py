@@ -38,25 +38,29 @@ class Trained:
     stopped: str = ""  # why it ended before its last step
 
 
+NOISE = ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "attn_dropout", "layerdrop", "hidden_dropout")
+
+
 def quiet_training(component: nn.Module) -> None:
-    """Training mode with the base's own noise off: its dropout draws by call order, which no split, resume or world size would
-    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address."""
-    component.train()
+    """The mode a base is trained in: its own noise off. Its dropout draws by call order, which no split, resume or world size would
+    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address. Only modules that
+    recompute their activations are told that they train: most architectures ask for that."""
+    component.eval()
     for module in component.modules():
-        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
-            module.eval()
-        for name in ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "attn_dropout", "layerdrop", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name in NOISE:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
 
 
-def build_players(spec: Train, ctx: Context) -> list[Player]:
-    """The main player `policy`, then the further ones, in the order of the recipe."""
+def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
+    """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
     live = Live(ctx.base, [t.build(ctx.base, ctx) for t in spec.trainable])
     if not live.params:
         raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
     for part, trained in zip(spec.trainable, live.parts, strict=True):
-        if hasattr(part, "prepare"):
+        if prepare and hasattr(part, "prepare"):
             part.prepare(live, trained, ctx)
     others: dict[str, Live] = {}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
@@ -73,7 +77,7 @@ def build_players(spec: Train, ctx: Context) -> list[Player]:
 
 
 def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context) -> Player:
-    needs = {n for p in [*objectives.values(), *regularizers] for n in getattr(p, "needs", ())}
+    needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
     if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):
@@ -108,11 +112,37 @@ def run_train(
     every: int = 0,
 ) -> Trained:
     """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress."""
-    for component in ctx.base.components.values():
-        if spec.checkpointing:
-            checkpointing(component)
-        quiet_training(component)
-    players = build_players(spec, ctx)
+    with in_training(spec, ctx) as players:
+        return _trained(spec, ctx, players, folder, name, key, look, tell, every)
+
+
+@contextlib.contextmanager
+def in_training(spec: Train, ctx: Context):
+    """The players, on modules in the mode they train in; afterwards, however it ended, no piece hangs on them."""
+    players: list[Player] = []
+    try:
+        for component in ctx.base.components.values():
+            if spec.checkpointing:
+                checkpointing(component)
+            quiet_training(component)
+        players += build_players(spec, ctx)
+        yield players
+    finally:
+        for player in players:
+            player.live.close()
+        for component in ctx.base.components.values():
+            component.eval()
+            if spec.checkpointing:
+                checkpointing(component, enabled=False)
+
+
+def _trained(
+    spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int
+) -> Trained:
+    if spec.keep == "ema" and spec.ema is None:
+        raise UserError(f"{name}.train.keep", "ema", "no running mean is kept; give its decay, e.g. ema: 0.99")
+    if spec.keep == "best" and not (spec.stop or every):
+        raise UserError(f"{name}.train.keep", "best", "nothing is measured while training; give evaluation.every or a stop")
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
     kinds = {k for p in players for k in p.objectives}
@@ -122,14 +152,14 @@ def run_train(
     start, memory = _take_up(place, key, players, stream, tell)
     folder.log_cut(name, start)
     saved, tokens, seconds = time.monotonic(), memory.get("tokens", 0), memory.get("seconds", 0.0)
-    stopped = memory.get("stopped", "")
+    stopped, best = memory.get("stopped", ""), memory.get("best")
 
     def save(done: int) -> None:
         nonlocal saved
         saved = time.monotonic()
         flush()
         if folder.write:
-            _save(place, done, players, stream, {"key": key, "tokens": tokens, "seconds": seconds, "stopped": stopped}, spec.save.keep)
+            _save(place, done, players, stream, {"key": key, "tokens": tokens, "seconds": seconds, "stopped": stopped, "best": best}, spec.save.keep)
         ctx.world.wait()
 
     def record(row: dict[str, Any]) -> None:
@@ -139,13 +169,17 @@ def run_train(
         tell("step", name=name, total=total, **row)
 
     def after(done: int) -> bool:
-        nonlocal stopped
+        nonlocal stopped, best
         stop = spec.stop
         for period, items, watched in ((stop.every, stop.items, stop) if stop else (0, 0, None), (every, 0, None)):
             if period and done % period == 0 and not stopped:
                 values = look(players[0].live, items)
                 append({"step": done, "skills": values})
                 tell("look", name=name, step=done, skills=values)
+                value = values.get(stop.skill if stop else "target")
+                if spec.keep == "best" and value is not None and (best is None or value > best):
+                    best = value
+                    players[0].live.mark("best")
                 if watched and values.get(watched.skill, 0.0) >= watched.reach:
                     stopped = f"{watched.skill} reached {values[watched.skill]:.3f} at step {done}"
         due = spec.save.steps and done % spec.save.steps == 0
@@ -167,16 +201,9 @@ def run_train(
                     flush()
                 raise
     live = players[0].live
-    for component in ctx.base.components.values():
-        component.eval()
-        if spec.checkpointing:
-            checkpointing(component, enabled=False)
     if spec.keep != "live" and spec.keep in live.versions:
         live.load_state_dict(live.state_dict() | {f"param/{n}": t for n, t in live.versions[spec.keep].items()})
-    delta = live.delta()
-    for player in players:
-        player.live.close()
-    return Trained(delta, done, tokens, seconds, stopped)
+    return Trained(live.delta(), done, tokens, seconds, stopped)
 
 
 @contextlib.contextmanager
@@ -213,11 +240,11 @@ def _save(place: Path, done: int, players: list[Player], stream: Any, memory: di
 
 def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Callable) -> tuple[int, dict[str, Any]]:
     found = checkpoint.load_newest(place)
+    for why in found[0]["damaged"] if found else ():
+        tell("note", text=f"checkpoint passed over: {why}")
     if found is None or found[0].get("key") != key:
         return 0, {}
     state, tensors = found
-    for why in state["damaged"]:
-        tell("note", text=f"checkpoint passed over: {why}")
     for p in players:
         p.live.load_state_dict(tensors[f"{p.name}.live"])
         checkpoint.unflatten_optimizer(p.stepper, tensors[f"{p.name}.optimizer"], state["optimizers"][p.name])

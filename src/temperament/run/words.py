@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from temperament.run import stats
+from temperament import stats
 
 if TYPE_CHECKING:
     from temperament.run.change import Change

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .draw import Draw
-from .skill import Made, Skill
+from .skill import Made, Skill, last_number
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -38,12 +38,13 @@ def shift(letters: Sequence[str], by: int = 1) -> list[str]:
 
 
 def count(draw: Draw) -> Made:
-    size = draw.between(3, 9)
+    """Counted aloud, letter by letter: 'count x: a x a x =' -> ' a0 x1 a1 x2'."""
     few = draw.sample(LETTERS, 3)
-    letters = [draw.choice(few) for _ in range(size)]
+    letters = [draw.choice(few) for _ in range(draw.between(3, 7))]
     asked = draw.choice(few)
     prompt = draw.choice((f"count {asked}:{spaced(letters)} =", f"Q: How many {asked} in{spaced(letters)}?\nA:"))
-    return Made((asked, *letters), prompt, f" {letters.count(asked)}", str(letters.count(asked)), {"length": size})
+    answer = "".join(f" {x}{letters[: i + 1].count(asked)}" for i, x in enumerate(letters))
+    return Made((asked, *letters), prompt, answer, letters.count(asked), {"length": len(letters)})
 
 
 def stack(draw: Draw) -> Made:
@@ -90,7 +91,7 @@ SKILLS = (
     _known("sort", sorted, "Put{} in order:", "Q: What is{} in alphabetical order?\nA:"),
     _known("rotate", lambda x: [*x[1:], x[0]], "Move the first of{} to the end:"),
     _known("upper", lambda x: [y.upper() for y in x], "Write{} in capitals:"),
-    Skill("count", "procedure", count),
+    Skill("count", "procedure", count, verdict=last_number),
     Skill("stack", "procedure", stack),
     Skill(
         "sort-long",

@@ -1,6 +1,7 @@
 """Recall and tracking: the answer stands in the context. Splits are by the whole context, so a held-out item is a new one.
 
-Retrieval forms late in training; `dense` documents ask many questions of one context, and contexts start short.
+Retrieval forms late in training, so `dense` documents ask many questions of one context, each answer closed by its own end
+token (else a model learns to go on asking), and one way of asking puts the thing right before the answer, as in the context.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from .draw import Draw
 from .procedures import LETTERS
 from .skill import Made, Skill
 
-ASK_COLOUR = ("\nQ: What colour is the {}?\nA:", "\nQ: The {} has which colour?\nA:", "\nThe {} is")
-ASK_PLACE = ("\nQ: Where is the {}?\nA:", "\nQ: Where is the {}?\nA:", "\nThe {} is in")
+END = "</s>"
+ASK_COLOUR = ("\nQ: What colour is the {}?\nA:", "\nQ: The {} has which colour?\nA:", "\nSo: {}")
+ASK_PLACE = ("\nQ: Where is the {}?\nA:", "\nQ: Which box holds the {}?\nA:", "\nNow: {}")
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
 OBJECTS = ("lamp", "door", "cup", "key", "hat", "book", "coat", "box", "ball", "chair", "bell", "ring")
 BOXES = "ABCDEF"
+
+
+def closed(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """The last end token is the document's own."""
+    return [*parts[:-1], (parts[-1][0].removesuffix(END), True)]
 
 
 def _map(draw: Draw, high: int = 8) -> tuple[list[str], list[str]]:
@@ -33,8 +40,8 @@ def keys_dense(draw: Draw) -> list[tuple[str, bool]]:
     names, values = _map(draw, draw.choice((3, 5, 8)))
     parts = [("map:" + "".join(f" {k}{v}" for k, v in zip(names, values, strict=True)), False)]
     for i in draw.shuffled(range(len(names))):
-        parts += [(f" | {names[i]}", False), (values[i], True)]
-    return parts
+        parts += [(f" | {names[i]}", False), (values[i] + END, True)]
+    return closed(parts)
 
 
 def _notes(draw: Draw, high: int = 6) -> tuple[list[str], list[str]]:
@@ -42,35 +49,34 @@ def _notes(draw: Draw, high: int = 6) -> tuple[list[str], list[str]]:
     return things, [draw.choice(COLOURS) for _ in things]
 
 
-def _note_text(draw: Draw, things: list[str], colours: list[str]) -> str:
-    form = draw.choice(("The {} is {}.", "My {} is {}."))
-    return "Note: " + " ".join(form.format(t, c) for t, c in zip(things, colours, strict=True))
+def _note_text(things: list[str], colours: list[str]) -> str:
+    return "Note: " + ", ".join(f"{t} {c}" for t, c in zip(things, colours, strict=True)) + "."
 
 
 def notes(draw: Draw) -> Made:
-    """A fact stated in the context, asked in other words."""
+    """'Note: lamp red, door blue.' and a question in other words."""
     things, colours = _notes(draw)
-    text, i = _note_text(draw, things, colours), draw.below(len(things))
+    text, i = _note_text(things, colours), draw.below(len(things))
     question = draw.choice(ASK_COLOUR).format(things[i])
-    return Made((text[9:],), text + question, " " + colours[i], colours[i], {"length": len(things)})
+    return Made((text[6:],), text + question, " " + colours[i], colours[i], {"length": len(things)})
 
 
 def notes_dense(draw: Draw) -> list[tuple[str, bool]]:
     things, colours = _notes(draw, draw.choice((2, 4, 6)))
-    parts = [(_note_text(draw, things, colours), False)]
+    parts = [(_note_text(things, colours), False)]
     for i in draw.shuffled(range(len(things))):
-        parts += [(draw.choice(ASK_COLOUR).format(things[i]), False), (" " + colours[i], True)]
-    return parts
+        parts += [(draw.choice(ASK_COLOUR).format(things[i]), False), (" " + colours[i] + END, True)]
+    return closed(parts)
 
 
 def _moves(draw: Draw, objects: int = 5, moves: int = 3) -> tuple[str, dict[str, str]]:
     things = draw.sample(OBJECTS, draw.between(2, objects))
     where = {t: draw.choice(BOXES) for t in things}
-    text = ["Start: " + ", ".join(f"{t} in {where[t]}" for t in things) + "."]
+    text = ["Start: " + ", ".join(f"{t} {where[t]}" for t in things) + "."]
     for _ in range(draw.between(0, moves)):
         t = draw.choice(things)
         where[t] = draw.choice([b for b in BOXES if b != where[t]])
-        text.append(f"Move {t} to {where[t]}.")
+        text.append(f"Move {t} {where[t]}.")
     return " ".join(text), where
 
 
@@ -86,8 +92,8 @@ def boxes_dense(draw: Draw) -> list[tuple[str, bool]]:
     text, where = _moves(draw, draw.choice((2, 3, 5)), draw.choice((1, 2, 3)))
     parts = [(text, False)]
     for asked in draw.shuffled(list(where)):
-        parts += [(draw.choice(ASK_PLACE).format(asked), False), (" " + where[asked], True)]
-    return parts
+        parts += [(draw.choice(ASK_PLACE).format(asked), False), (" " + where[asked] + END, True)]
+    return closed(parts)
 
 
 SKILLS = (

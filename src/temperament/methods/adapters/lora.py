@@ -36,14 +36,15 @@ class LoRAPiece(Piece):
         if self.A.dim() > 2:  # a convolution: A keeps the kernel, B is 1 x 1
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
-        if address is None and base.bare and not base.transposed and x.dtype == self.A.dtype:
+        frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+        if address is None and frozen and base.bare and not base.transposed and x.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
 
 
 class _Fused(torch.autograd.Function):
     """The frozen map and its low-rank share in one node: one pass over the output forward, one over the input gradient backward; saves x
-    and the rank-wide x A^T only."""
+    and the rank-wide x A^T only. No gradient for W and b."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, scale):

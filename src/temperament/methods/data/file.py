@@ -66,7 +66,7 @@ class File:
         """What this source offers to be measured by: the rows it keeps out of training."""
         if not self.holdout:
             return []
-        return [{"evaluate.file": {"path": self.path, "name": self.called, "holdout": self.holdout}}]
+        return [{"evaluate.file": {"data": self}}]
 
     def read(self, ctx: Any = None) -> Rows:
         made = getattr(ctx, "artefacts", None) or {}

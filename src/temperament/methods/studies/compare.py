@@ -7,6 +7,7 @@ from typing import Any
 from temperament.errors import UserError
 from temperament.parts import build, part
 from temperament.protocols import Trainable
+from temperament.stats import t_interval
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,26 @@ class Compare:
             row: dict[str, Any] = {"name": name, "rate": rate, "runs": mine, "reached": all(m["reached"] for m in mine)}
             for what in ("target", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters"):
                 values = [m[what] for m in mine if m.get(what) is not None]
-                row[what], row[f"{what}_ci95"] = interval(values) if values else (None, None)
+                row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
             arms.append(row)
         for row in arms:
             row["front"] = not any(o["gain"] >= row["gain"] and o["loss"] <= row["loss"] and (o["gain"], o["loss"]) != (row["gain"], row["loss"]) for o in arms)
         return {"arms": arms, "seeds": list(self.seeds)}
+
+    def compared(self, finding: dict[str, Any]) -> dict[str, Any]:
+        """For the picture: gain and loss (shares) of every run of every arm."""
+        share = lambda points: None if points is None else points / 100
+        points = [{"method": a["name"], "seed": s, "gain": share(m["gain"]), "loss": max(share(m["loss"]) or 0.0, 0.0), "seconds": m["seconds"], "parameters": m["parameters"]}
+                  for a in finding["arms"] for s, m in zip(finding["seeds"], a["runs"], strict=False)]  # fmt: skip
+        missed = [a["name"] for a in finding["arms"] if not a["reached"]]
+        note = "Every method stopped at the same level of the target." if not missed else f"{', '.join(missed)} did not reach the level of the target: read its loss beside its smaller gain."
+        return {"points": points, "note": note}
+
+    def chosen(self, finding: dict[str, Any], runs: dict[tuple, Any]) -> tuple | None:
+        """The run that is shown item by item: the arm that reached the level and lost least, first seed."""
+        arms = [a for a in finding["arms"] if a["reached"]] or finding["arms"]
+        best = min(arms, key=lambda a: (a["loss"] if a["loss"] is not None else 0.0, -a["gain"]))
+        return (best["name"], self.seeds[0], best["rate"])
 
 
 def arms_of(methods: list[str], field: str = "--methods") -> dict[str, Arm]:
@@ -118,13 +134,3 @@ def _as_rate(old: Any, new: Any) -> Any:
         top = next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
         return times(old, new / top)
     return new
-
-
-def interval(values: list[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean and its 95 % t interval; None with a single value."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, None
-    t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}.get(n - 1, 1.96 + 2.4 / (n - 1))
-    half = t * (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
-    return mean, (mean - half, mean + half)

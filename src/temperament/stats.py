@@ -164,3 +164,40 @@ def _last(holds: Callable[[float], bool], inside: float, outside: float) -> floa
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if holds(middle) else (inside, middle)
     return inside
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, Interval | None]:
+    """Mean over seeds and its Student t interval; None with a single value."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, None
+    half = t_quantile(0.5 + level / 2, n - 1) * float(np.std(values, ddof=1)) / n**0.5
+    return mean, (mean - half, mean + half)
+
+
+def t_quantile(p: float, df: int) -> float:
+    """Quantile of Student's t, by bisection on its distribution (exact for whole degrees of freedom)."""
+
+    def below(t: float) -> float:
+        # Abramowitz and Stegun 26.7.3 and 26.7.4
+        theta = math.atan(t / math.sqrt(df))
+        c, s = math.cos(theta), math.sin(theta)
+        if df % 2:
+            term, total = c, 0.0 if df == 1 else c
+            for k in range(3, df - 1, 2):
+                term *= c * c * (k - 1) / k
+                total += term
+            area = 2 / math.pi * (theta + s * total)
+        else:
+            term, total = 1.0, 1.0
+            for k in range(2, df - 1, 2):
+                term *= c * c * (k - 1) / k
+                total += term
+            area = s * total
+        return 0.5 + area / 2
+
+    low, high = 0.0, 1e4
+    for _ in range(200):
+        mid = (low + high) / 2
+        low, high = (mid, high) if below(mid) < p else (low, mid)
+    return (low + high) / 2

@@ -1,0 +1,155 @@
+"""What a user may ask for, from Python and from the command line alike: one function a verb.
+
+They put the floors together - a run and its report - and decide nothing themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from temperament.bases.load import Base
+from temperament.errors import TemperError, UserError
+from temperament.run import recipe as schema
+from temperament.run.diagnose import diagnose
+from temperament.run.evaluate import evaluate
+from temperament.run.generate import generate
+from temperament.run.merge import merge
+from temperament.run.tune import Run
+from temperament.run.tune import tune as carry_out
+
+Tell = Callable[..., None]
+RecipeLike = str | Path | Mapping[str, Any] | schema.Recipe
+
+
+def silent(event: str, **data: Any) -> None:
+    pass
+
+
+def tune(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    overrides: Iterable[str] = (),
+    base: Base | None = None,
+    report: bool = True,
+    tell: Tell = silent,
+) -> Run:
+    """Carry out a recipe in the folder `out` and write its report.html; returns the Run (ledger, delta, model, json)."""
+    run = carry_out(recipe, out, resume=resume, fresh=fresh, overrides=overrides, base=base, tell=tell)
+    if report and (run.folder / "run.json").exists():
+        _drawn(run.folder, tell)
+    return run
+
+
+def _drawn(folder: Path, tell: Tell) -> None:
+    """report.html. The work is done by now: a report that cannot be drawn is said and harms nothing."""
+    from temperament import report
+
+    try:
+        tell("report", path=str(report.write(folder)))
+    except TemperError:
+        raise
+    except Exception as problem:
+        tell("note", text=f"the report could not be drawn ({type(problem).__name__}: {str(problem)[:160]}); everything else is saved")
+
+
+def plan(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None) -> dict[str, Any]:
+    """What the recipe will take: memory, time, disk, from shapes and one dry step."""
+    from temperament.run.plan import plan as predict
+
+    spec = schema.read(recipe, overrides)
+    return predict(spec, base or _load(spec))
+
+
+def check(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None, resume: bool = False) -> dict[str, Any]:
+    """Exactness on this model and data; with `resume` also that a killed run goes on to the same bits."""
+    from temperament.run import check as checks
+    from temperament.train.world import World
+
+    spec = schema.read(recipe, overrides)
+    if resume:
+        return checks.check_resume(spec)
+    return checks.check(spec, base or _load(spec), World(spec.precision.compute))
+
+
+def _load(spec: schema.Recipe) -> Base:
+    from temperament.bases.load import load
+    from temperament.run.reopen import where
+
+    return load(spec.base, dtype=spec.precision.master, device=where(spec.device), trust_remote_code=spec.trust_remote_code)
+
+
+def dial(run: str | Path, *, budget: float | None = None, strengths: Sequence[float] = (), shape: Sequence[str] = (), items: int | None = None,
+         bake: str | Path | None = None, as_: str = "merged", device: str = "auto", tell: Tell = silent) -> dict[str, Any]:  # fmt: skip
+    """Sweep the strength of a finished run's change and answer a budget (percentage points); `bake` writes the best point as a model."""
+    from dataclasses import replace
+
+    from temperament.run.dial import dial as sweep
+    from temperament.run.dial import scaled
+    from temperament.run.export import export_delta
+    from temperament.run.reopen import reopen
+
+    again = reopen(run, device)
+    given = {"budget": budget, "strengths": list(strengths) or None, "shape": list(shape) or None, "items": items}
+    spec = replace(again.recipe.evaluation.dial or schema.Dial(), **{k: v for k, v in given.items() if v is not None})
+    found = {"run": str(run), **sweep(again.skills(), again.delta, spec, tell)}
+    if bake is not None:
+        again.base.reset()
+        found |= {"baked": str(bake), "certificate": export_delta(again.base, scaled(again.delta, found["best"], again.base.places), Path(bake), as_)}
+    return found
+
+
+def export(run: str | Path, to: str | Path, as_: str = "merged", *, at: str | float | None = None) -> dict[str, Any]:
+    """Write a finished run for others to load. at: a strength, or "best" for the best point of the run's dial."""
+    from temperament.run.artefacts import Folder
+    from temperament.run.export import export as write
+
+    point: dict[str, Any] | None = None
+    if at == "best":
+        point = (Folder(Path(run)).run().get("dial") or {}).get("best")
+        if point is None:
+            raise UserError("--at", "best", "this run has no dial; add evaluation.dial to its recipe, or sweep it with `temper dial`")
+    elif at is not None:
+        point = {"shape": "merge.linear", "strength": float(at)}
+    return {"run": str(run), "to": str(to), "as": as_, "at": point, "certificate": write(run, to, as_, point)}
+
+
+def look(data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, limit: int | None = None, **options: Any) -> dict[str, Any]:
+    """What a base will really see of a file: tokens, weights, roles, totals (`engine.describe`). options: of `engine.encode`."""
+    from temperament.bases.load import load
+    from temperament.engine.describe import describe
+    from temperament.engine.rows import read_rows
+    from temperament.run.generate import needs_tokenizer
+
+    tokenizer = needs_tokenizer(base if isinstance(base, Base) else load(base, field="--base"))
+    rows = read_rows(data, on_bad="skip" if skip_bad else "stop", limit=limit)
+    return {"data": data, "shape": rows.shape, "columns": list(rows.columns), "notes": list(rows.notes), **describe(list(rows), tokenizer, n, rows.bad, **options)}
+
+
+def compare(recipe: RecipeLike, methods: Sequence[Any], *, seeds: Sequence[int] = (0,), out: str | Path | None = None, overrides: Iterable[str] = (),
+            tell: Tell = silent) -> dict[str, Any]:  # fmt: skip
+    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost; finished runs are taken as they are."""
+    from temperament.methods.studies.compare import Compare, arms_of
+    from temperament.run.artefacts import address
+    from temperament.run.study import carry_out as study
+
+    spec = schema.read(recipe, overrides)
+    planned = Compare(arms_of(list(methods)), list(seeds))
+    out = Path(out) if out is not None else Path("runs") / f"compare-{address(spec.plain(), list(methods), list(seeds))[:12]}"
+    finding = study(planned, spec, out, tell)
+    _drawn(out, tell)
+    return {"out": str(out), **finding}
+
+
+def claim(paper: str | None = None, **how: Any) -> Any:
+    """The claims of all papers (none named), or one carried out."""
+    from temperament.run import claims
+
+    return claims.listed() if paper is None else claims.carry_out(paper, **how)
+
+
+__all__ = ["check", "claim", "compare", "diagnose", "dial", "evaluate", "export", "generate", "look", "merge", "plan", "tune"]

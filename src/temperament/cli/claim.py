@@ -1,0 +1,50 @@
+"""List the papers' claims, or run one.
+
+    temper claim --list
+    temper claim 012
+    temper claim 012 --json
+
+A claim is a small experiment that shows a paper's main result against its baseline, over several seeds, on a lab base. The list shows
+what came of each: holds, partly, fails, or not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from temperament.cli.app import Opt
+from temperament.cli.say import Say
+
+OPTIONS = (
+    Opt("id", "a paper's number, as in the list", "ID", shown="the list"),
+    Opt("--all", "run every claim that has not been run"),
+    Opt("--list", "list all claims and what came of them"),
+    Opt("--out", "folder the runs are kept in", "DIR"),
+    Opt("--quiet", "no progress, only the result"),
+)
+
+
+def run(a: Any, say: Say) -> Any:
+    from temperament import api
+    from temperament.cli.live import Live
+
+    if a.list or (a.id is None and not a.all):
+        return api.claim()
+    with Live(say) as tell:
+        if a.all:
+            return [api.claim(c["paper"], out=a.out, tell=tell) if c["status"] == "not-run" else c for c in api.claim()]
+        return api.claim(a.id, out=a.out, tell=tell)
+
+
+def show(data: Any, say: Say, a: Any) -> None:
+    from rich.text import Text
+
+    from temperament.cli.views import flat
+
+    if isinstance(data, dict):
+        flat(data, say)
+        return
+    signs = {"holds": ("✓ holds", "green"), "partly": ("~ partly", "yellow"), "fails": ("✗ fails", "red"), "not-run": ("  not run", "dim")}
+    say.table(["paper", "", "title"], [[c["paper"], Text(*signs.get(c["status"], (c["status"], ""))), c["title"]] for c in data])
+    if not data:
+        say.out.print("No claims are installed.")

@@ -1,0 +1,84 @@
+"""Train several methods to the same gain and compare what each one lost.
+
+    temper compare recipe.yaml --methods select.full,select.half,adapters.lora
+    temper compare recipe.yaml --methods select.full,adapters.lora --seeds 0,1,2 --out runs/compare
+
+Every method runs the recipe with its own learning rate and stops at the same level of the target: give the recipe's train step a `stop`,
+e.g. stop: {skill: target, reach: 0.9}, or --reach. Finished runs are not run again, so methods and seeds can be added later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from temperament.cli.app import Opt
+from temperament.cli.say import Say
+
+OPTIONS = (
+    Opt("recipe", "a recipe with one or more train steps", "RECIPE"),
+    Opt("--methods", "what is trained, separated by commas: parts of the rooms select and adapters", "A,B,..."),
+    Opt("--seeds", "seeds, separated by commas", "0,1,...", default="0"),
+    Opt("--reach", "stop every method once the target is at least this (0 to 1)", "LEVEL", float, shown="the recipe's stop"),
+    Opt("--out", "folder of all runs and the finding", "DIR", shown="runs/compare- and the recipe's address"),
+    Opt("--set", "change one entry of the recipe", "KEY=VALUE", many=True),
+    Opt("--quiet", "no progress, only the result"),
+)
+
+
+def run(a: Any, say: Say) -> dict[str, Any]:
+    from temperament import api
+    from temperament.cli.app import need
+    from temperament.cli.live import Live
+    from temperament.errors import UserError
+    from temperament.run import recipe as schema
+
+    need("compare", a, "methods")
+    methods = [m.strip() for m in a.methods.split(",") if m.strip()]
+    try:
+        seeds = [int(s) for s in a.seeds.split(",") if s.strip()]
+    except ValueError:
+        raise UserError("--seeds", a.seeds, "give whole numbers separated by commas") from None
+    if a.reach is not None and not 0 < a.reach <= 1:
+        raise UserError("--reach", a.reach, "a level lies between 0 and 1, e.g. 0.9")
+    overrides = list(a.set or ())
+    if a.reach is not None:
+        steps = schema.read(a.recipe, overrides).steps
+        overrides += [f"steps.{i}.train.stop.reach={a.reach}" for i, s in enumerate(steps) if s.train]
+    with Live(say) as tell:
+        return api.compare(a.recipe, methods, seeds=seeds, out=a.out, overrides=overrides, tell=tell)
+
+
+def show(data: dict[str, Any], say: Say, a: Any) -> None:
+    from rich.text import Text
+
+    from temperament.cli.views import duration, percent, place, signed
+
+    say.out.print()
+    rows, arms = [], data["finding"]["arms"]
+    for arm in arms:
+        mark = "●" if arm["front"] else " "
+        reached = "" if arm["reached"] else "did not reach the level"
+        loss = signed(-arm["loss"]) if arm["loss"] is not None else "–"
+        rows.append([Text(f"{mark} {arm['name']}", "bold" if arm["front"] else ""), percent(arm["target"]), bars(arm), signed(arm["gain"]), loss,
+                     f"{arm['steps']:.0f}", duration(arm["seconds"]), Text(reached, "yellow")])  # fmt: skip
+    say.table(["method", "target", "lost ◀  ▶ gained", "gain", "retained", "steps", "time", ""], rows, right=(1, 3, 4, 5, 6))
+    seeds = len(data["finding"]["seeds"])
+    say.out.print(f"[dim]● nothing else gains as much and loses less. Changes in percentage points, mean of {seeds} seed{'s' if seeds > 1 else ''}.[/dim]\n")
+    if dial := data.get("dial"):
+        best = dial["best"]
+        shape = "" if best["shape"] == "merge.linear" else f" shaped by {best['shape']}"
+        say.out.print(
+            f"The dial of {data['chosen']}: to lose at most {dial['budget']:g} points, use strength {best['strength']:g}{shape}: "
+            f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points.\n", highlight=False,
+        )  # fmt: skip
+    place("runs", data["out"], say)
+    place("report", f"{data['out']}/report.html", say)
+
+
+def bars(arm: dict[str, Any], width: int = 12) -> Any:
+    """Loss to the left, gain to the right, a cell for 100 / width points."""
+    from rich.text import Text
+
+    cells = lambda points: min(round(abs(points or 0.0) / 100 * width), width)
+    lost, gained = cells(max(arm["loss"] or 0.0, 0.0)), cells(max(arm["gain"], 0.0))
+    return Text.assemble(" " * (width - lost), ("▓" * lost, "red"), "│", ("█" * gained, "green"), " " * (width - gained))

@@ -1,0 +1,81 @@
+"""Measuring a model outside of a run: one column of numbers, or before and after where the model is a base with a change on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from temperament import parts
+from temperament.engine.measure import Pure
+from temperament.errors import UserError, nearest
+from temperament.protocols import Suite
+from temperament.run import recipe as schema
+from temperament.run.ledger import Ledger
+from temperament.run.reopen import subject
+from temperament.run.tune import Skills, skills_of
+
+
+def evaluate(
+    model: Any,
+    suites: Sequence[Any] = (),
+    *,
+    items: int = 100,
+    batch: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+    tell: Callable[..., None] = lambda event, **data: None,
+) -> dict[str, Any]:
+    """{"model", "skills": [{name, role, metric, n, value, ci95, nll, kl}], "ledger"}; `ledger` only for a base with a change on it.
+
+    suites: parts of the evaluate room, their names with or without the room, or files of test rows; empty: the keep set of the base.
+    """
+    if items < 1 or batch < 1:
+        raise UserError("--items" if items < 1 else "--batch", min(items, batch), "give at least 1")
+    built = [suite(s) for s in suites]
+    base = subject(model, device)
+    spec = schema.Evaluation(suites=built, items=items, batch=batch, keep=not built)
+    recipe = schema.Recipe(base=base.id, seed=seed, evaluation=spec)
+    with base.at("base"):  # the keep set is what the pure base writes
+        skills = skills_of(recipe, base)
+    rows = {}
+    if base.originals:
+        rows["base"] = _measure(skills, Pure(base), tell, "base")
+    rows["model"] = _measure(skills, None, tell, "model")
+    ledger = Ledger(rows)
+    told = [_level(ledger.change(s, "model", "model")) for s in ledger.skills]
+    return {"model": str(model) if isinstance(model, (str, Path)) else base.id, "base": {"id": base.id, "sha256": dict(base.sha256)}, "skills": told} | (
+        {"ledger": ledger.to_json()} if len(rows) > 1 else {}
+    )
+
+
+def _measure(skills: Skills, model: Any, tell: Callable[..., None], row: str) -> dict[str, Any]:
+    outcomes, system = [], replace(skills.system(model), reference=bool(skills.base.originals))
+    for i, skill in enumerate(skills.skills):
+        tell("measure", skill=skill.name, done=i, total=len(skills.skills))
+        outcomes += skill.measure(system)
+    results = skills.results(outcomes)
+    tell("measured", row=row, results=results, cached=False)
+    return results
+
+
+def _level(c: Any) -> dict[str, Any]:
+    graded = {"nll": c.nll.after if c.nll else None, "kl": c.kl.after if c.kl else None}
+    ci = list(c.after_ci95) if c.after_ci95 else None
+    return {"name": c.name, "role": c.role, "metric": c.metric, "unit": c.unit, "n": c.n, "value": c.after, "ci95": ci, **graded}
+
+
+def suite(given: Any) -> Any:
+    """A suite from a part, `lab`, `evaluate.lab`, `{evaluate.lab: {target: sort}}` as text, or the path of a file of test rows."""
+    if isinstance(given, str):
+        if given.lstrip().startswith("{"):
+            given = schema.parse_yaml(given, "--suite")
+        elif f"evaluate.{given}" in parts.index():
+            given = f"evaluate.{given}"
+        elif given not in parts.index() and Path(given).exists():
+            given = {"evaluate.file": {"data": {"data.file": {"path": given, "holdout": 0.0}}, "rows": "all"}}
+        elif given not in parts.index():
+            known = [n.removeprefix("evaluate.") for n in parts.names("evaluate")]
+            raise UserError("--suite", given, f"neither a suite nor a file; {nearest(given.removeprefix('evaluate.'), known)}")
+    return parts.build(given, Suite, "--suite")

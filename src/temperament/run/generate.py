@@ -1,0 +1,68 @@
+"""Completions of prompts and answers in a conversation, from any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from temperament.bases.load import Base
+from temperament.engine.encode import encode
+from temperament.engine.examples import Prompt
+from temperament.engine.tokens import Sampling
+from temperament.engine.tokens import generate as sample
+from temperament.errors import UserError
+from temperament.run.reopen import subject
+
+Messages = list[dict[str, str]]
+
+
+def generate(
+    model: Any,
+    prompts: str | Messages | Sequence[str | Messages],
+    *,
+    n: int = 1,
+    temperature: float | None = None,
+    max_new: int = 128,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 64,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """[{"prompt", "outputs": [{"text", "tokens", "finished", "logp"}]}], one entry a prompt. A prompt is text to go on with, or
+    messages to answer. temperature: default 0 (the likeliest text) for one completion, 1 for several. logp: nats, summed."""
+    if n < 1:
+        raise UserError("--n", n, "give at least 1")
+    prompts = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)) else list(prompts)
+    if not prompts:
+        raise UserError("prompts", prompts, "give at least one")
+    base = subject(model, device)
+    tokenizer = needs_tokenizer(base)
+    sampling = Sampling(max_new=max_new, temperature=(1.0 if n > 1 else 0.0) if temperature is None else temperature, top_p=top_p, top_k=top_k, stops=tuple(stop))
+    ids = [row for p in prompts for row in [encode(Prompt(p), tokenizer).ids] * n]
+    for p, row in zip(prompts, ids[::n], strict=True):
+        if not row:
+            raise UserError("--prompt", p, "it has no tokens and this tokenizer no start token; give some text")
+    made = sample(base.model, ids, sampling, seed=seed, batch=batch, decode=tokenizer.decode)
+    outputs = [
+        {"text": tokenizer.decode(out, skip_special_tokens=True), "tokens": len(out), "finished": why, "logp": float(logp.sum())}
+        for out, why, logp in zip(made.ids, made.finished, made.logp, strict=True)
+    ]
+    return [{"prompt": p, "outputs": outputs[i * n : (i + 1) * n]} for i, p in enumerate(prompts)]
+
+
+def as_chat(prompt: str, system: str | None = None) -> Messages:
+    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+
+
+def needs_tokenizer(base: Base) -> Any:
+    if base.tokenizer is None:
+        raise UserError("model", base.id, "it has no tokenizer, so it cannot read or write text; put its tokenizer files into the folder")
+    return base.tokenizer
+
+
+def needs_template(base: Base) -> None:
+    """Refuse to talk with a model that was never given a form of conversation."""
+    if not getattr(needs_tokenizer(base), "chat_template", None):
+        raise UserError("model", base.id, "its tokenizer has no chat template, so it has no form of conversation; use `temper generate` to let it go on with a text")
