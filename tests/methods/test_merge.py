@@ -9,7 +9,8 @@ import torch
 
 from temperament import parts
 from temperament.delta import Delta, Dense, between
-from temperament.delta.merging import BLOCK, Site, evaluate, stream
+from temperament.delta.merge_run import stream
+from temperament.delta.merging import BLOCK, Site, evaluate
 from temperament.delta.stream import Checkpoint, open_source
 from temperament.delta.tensorfile import Entry, Writer, write_tensors
 from temperament.errors import UserError
@@ -195,7 +196,10 @@ def test_ties_by_sorting(models, density, w):
         n = base[k].numel()
         kept = n if density == 1 else max(1, int(density * n)) if density else 0
         expected = brute_elect([brute_trim(t[k] - base[k], kept) for t in tuned], w, True)
-        assert torch.allclose(out.changes[f"lm/{k}"].d, expected, rtol=1e-5, atol=1e-7), k
+        sizes = [(t[k] - base[k]).abs() for t in tuned]  # entries as large as the last one kept: all are kept here, some there
+        border = sum((v == v.flatten().sort(descending=True).values[max(kept, 1) - 1]).long() for v in sizes)
+        same = torch.isclose(out.changes[f"lm/{k}"].d, expected, rtol=1e-5, atol=1e-7)
+        assert bool((same | (border > 0)).all()) and int((~same).sum()) <= 20, k
 
 
 def test_ties_keeps_exactly_what_density_says(models):
@@ -222,7 +226,8 @@ def test_breadcrumbs_by_sorting(models):
         expected[at] = d[at]
         got = out.changes[f"lm/{k}"].d.flatten()
         odd = got != expected  # entries equal in size to one at the border fall together
-        borders = {float(d.abs()[order[i]]) for i in (first - 1, first, first + int(density * n) - 1, (first + int(density * n)) % n)}
+        ends = first, first + int(density * n)
+        borders = {float(d.abs()[order[i % n]]) for end in ends for i in (end - 1, end)}
         assert set(d.abs()[odd].tolist()) <= borders, k
 
 
@@ -282,7 +287,7 @@ def test_slerp(models):
     unit = {k: v / v.norm() for k, v in a.items()}
     other = {k: v / v.norm() for k, v in b.items()}
     out = merged(parts.build({"merge.slerp": {"t": 0.4}}), base, [unit, other])
-    assert all(abs(float(out[f"lm/{k}"].norm()) - 1) < 1e-4 for k in base)
+    assert all(abs(float(out[f"lm/{k}"].norm()) - 1) < 1e-4 for k in base if base[k].numel() > 1)
 
 
 def test_karcher_of_two_is_the_middle_of_the_arc(models):

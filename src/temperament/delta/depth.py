@@ -1,4 +1,4 @@
-"""Depth of a tensor from the names alone, for checkpoints that are not loaded: 0 at the first block of its stack, 1 at the last."""
+"""Depth of a tensor from names alone, for checkpoints that are not loaded: 0 at the first block of its stack, 1 at the last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 _NUMBER = re.compile(r"(?:^|[./])(\d+)(?=\.)")
-_FIRST = re.compile(r"embed|wte|wpe|patch|position|cls_token|class_token|conv_stem|stem\.|conv1\.|pre_layernorm|time_|condition")
+_FIRST = re.compile(r"embed|wte|wpe|patch|position|cls_token|class_token|stem\.|conv1\.|pre_layernorm|time_|condition")
 
 
 def block_of(name: str) -> tuple[str, int] | None:

@@ -35,14 +35,15 @@ def kth_largest(
     if spans == 1:
 
         def direct(b: Block) -> list[float]:
-            return [float(np.partition(v.numpy(), size - k)[size - k]) if a else 0.0 for v, k, a in zip(of(b), counts, asked, strict=True)]
+            each = zip(of(b), counts, asked, strict=True)
+            return [float(np.partition(v.numpy(), size - k)[size - k]) if a else 0.0 for v, k, a in each]
 
         (found,) = yield Gather(direct)
         return [v if a else (np.inf if k <= 0 else 0.0) for v, k, a in zip(found, counts, asked, strict=True)]
 
     def upper(b: Block) -> list[np.ndarray]:
-        return [torch.bincount(v.view(torch.int32).bitwise_right_shift_(16), minlength=UPPER).numpy() if a else np.zeros(1, np.int64)
-                for v, a in zip(of(b), asked, strict=True)]  # fmt: skip
+        each = [v.view(torch.int32).bitwise_right_shift(16) if a else None for v, a in zip(of(b), asked, strict=True)]
+        return [np.zeros(1, np.int64) if v is None else torch.bincount(v, minlength=UPPER).numpy() for v in each]
 
     bins, left = [], []
     for counted, k, a in zip((yield Total(upper)), counts, asked, strict=True):

@@ -27,7 +27,8 @@ class Ties(Blockwise):
     normalise: bool = True  # divide by the weights of those that agree: a mean, not a sum
 
     def plan(self, site: Site):
-        w, density, scale = site.each(self.weights, "weights"), site.each(self.density, "density"), site.one(self.scale, "scale")
+        w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")
+        density = site.each(self.density, "density")
         counts = [site.numel if d >= 1 else max(1, int(d * site.numel)) if d > 0 else 0 for d in density]
         cuts = yield from largest(site, counts)
 
