@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from operator import add, mul, sub
@@ -78,8 +79,6 @@ def test_any_output_is_judged_without_an_error(name, output):
 
 
 def test_arithmetic_against_brute_force():
-    import re
-
     for name in ("add", "subtract", "add3", "add-steps", "workout", "multiply", "compare", "operator", "story"):
         for item in SKILLS[name].items("train", 150):
             numbers = [int(x) for x in re.findall(r"\d+", item.prompt)]
@@ -107,8 +106,10 @@ def test_procedures_against_python():
             "shift": lambda x: [chr((ord(c) - 97 + 1) % 26 + 97) for c in x]}  # fmt: skip
     for name, f in work.items():
         for item in SKILLS[name].items("test", 100):
-            letters = [w for w in item.prompt.replace("=", " ").replace(":", " ").replace("?", " ").split() if len(w) == 1]
-            letters = [x for x in letters if x.islower()]
+            words = re.sub(r"[=:?]", " ", item.prompt).split()
+            own = ("write", "again", "what", "stands", "in", "backwards", "is", "reverse", "order", "alphabetical", "put",
+                   "move", "the", "first", "of", "to", "end", "capitals", "Q", "A", name)  # fmt: skip
+            letters = [w for w in words if w not in own and w.lower() not in own]
             assert item.answer.split() == list(f(letters)), item
     for item in SKILLS["stack"].items("test", 100):
         held = []
@@ -127,8 +128,6 @@ def reading(context):
 
 
 def test_recall_and_tracking_against_a_reading_of_the_context():
-    import re
-
     for item in SKILLS["keys"].items("test", 100):
         context, asked = item.prompt.removeprefix("map: ").split(" | ")
         assert reading(context)[asked] == item.answer.strip()

@@ -7,14 +7,12 @@ token (else a model learns to go on asking), and one way of asking puts the thin
 from __future__ import annotations
 
 from .draw import Draw
-from .procedures import LETTERS
+from .procedures import COLOURS, LETTERS, OBJECTS
 from .skill import Made, Skill
 
 END = "</s>"
 ASK_COLOUR = ("\nQ: What colour is the {}?\nA:", "\nQ: The {} has which colour?\nA:", "\nSo: {}")
 ASK_PLACE = ("\nQ: Where is the {}?\nA:", "\nQ: Which box holds the {}?\nA:", "\nNow: {}")
-COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
-OBJECTS = ("lamp", "door", "cup", "key", "hat", "book", "coat", "box", "ball", "chair", "bell", "ring")
 BOXES = "ABCDEF"
 
 
