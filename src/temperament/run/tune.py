@@ -266,11 +266,7 @@ class _Tuning:
         return done
 
     def state_of(self, step: schema.Step) -> State:
-<<<<<<< HEAD
-        """The state of the step that `start` names; inside rounds the last one of that name."""
-=======
         """The state of the step that `start` names."""
->>>>>>> unlikeb
         known = self.scope(step.name)
         if step.start not in known:
             raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, known)}")
@@ -294,16 +290,8 @@ class _Tuning:
         return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
 
     def scope(self, name: str) -> dict[str, State]:
-<<<<<<< HEAD
-        """The steps a step can name: all before it, and those of its own round (or, not yet done there, of the last one) by their
-        names inside the round."""
-        within = name.rpartition("/")[0] + "/"
-        latest = {short: self.states[full] for short, full in self.latest.items() if full in self.states}
-        return latest | self.states | {n.removeprefix(within): s for n, s in self.states.items() if within != "/" and n.startswith(within)}
-=======
         """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
         return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
->>>>>>> unlikeb
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -313,15 +301,9 @@ class _Tuning:
             self.cost["seconds"] += artefact.get("seconds", 0.0)
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
-<<<<<<< HEAD
         ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round,
                       aides=self.recipe.aides, inference=self.recipe.inference, artefacts=self.artefacts(start, step.name),
                       before=self.before(step, start), tell=self.tell)  # fmt: skip
-=======
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), before=self.before(step, start),
-                      tell=self.tell)  # fmt: skip
->>>>>>> unlikeb
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
@@ -399,7 +381,6 @@ class _Tuning:
         return state
 
     def artefacts(self, state: State, step: str) -> dict[str, Path]:
-<<<<<<< HEAD
         """Folders (or data files) earlier steps left, by the names this step can use."""
         left = {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
         return left | {short: left[name] for short, name in self.latest.items() if name in left and short not in left}
@@ -407,15 +388,6 @@ class _Tuning:
     def before(self, step: schema.Step, state: State) -> Path | None:
         """What this same step left in the round before."""
         return self.artefacts(state, "").get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
-=======
-        """What earlier steps left, by name: folders of changes, files of rows."""
-        rows = {n: Path(p) for n, p in state.data.items()}
-        return {n: s.folder for n, s in self.scope(step).items() if s.folder} | {s: rows[n] for s, n in self.latest.items() if n in rows} | rows
-
-    def before(self, step: schema.Step, state: State) -> Path | None:
-        """What this same step left in the round before."""
-        return self.artefacts(state, step.name).get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
->>>>>>> unlikeb
 
     # -- the ledger -------------------------------------------------------------------------------------------------------------
 
