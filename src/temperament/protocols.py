@@ -104,7 +104,8 @@ class Trainable(Protocol):
 
     Optional: `prepare(base, ctx, batches) -> {name: tensor}`, a pass over the data that training will see, before anything is
     built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the part is
-    built (empty where nobody looked: the exactness check builds without).
+    built (empty where nobody looked: the exactness check builds without). `rebuild(base, name, addition) -> (module, Around)`, for
+    parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a delta is loaded.
     """
 
     rooms: ClassVar = ("select", "adapters")

@@ -117,7 +117,7 @@ def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizer
     needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
-    if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):
+    if "start" in needs and any(not _zero(p) for part in live.parts for _, p in part.attached()):
         live.mark("start")
     if "ema" in needs and spec.ema is None:
         raise UserError("train.ema", None, "a part reads the version `ema`; give its decay, e.g. ema: 0.99")
