@@ -235,7 +235,7 @@ def coupling(base: Base) -> str:
 
 
 def _walk(steps: list[Step]) -> Iterator[Step]:
-    from temperament.run.tune import walk_steps
+    from temperament.run.recipe import walk_steps
 
     return walk_steps(steps)
 

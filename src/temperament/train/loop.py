@@ -245,6 +245,7 @@ def update(player: Player, progress: Progress, norm: float) -> float:
 
 @torch.no_grad()
 def _average(live: Live, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * live;   from the step's start."""
     if "ema" not in live.versions:
         live.mark("ema")
         return
