@@ -24,8 +24,9 @@ class UserError(TemperError):
 
     def __init__(self, field: str, value: object, mend: str):
         self.field, self.value, self.mend = field, value, mend
-        shown = repr(value) if not isinstance(value, str) or len(value) < 120 else repr(value[:117] + "...")
-        super().__init__(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}")
+        shown = repr(value)
+        shown = shown if len(shown) < 120 else shown[:110] + "..." + shown[-1]
+        super().__init__(one_line(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}"))
 
 
 class WorkFailed(TemperError):
@@ -34,6 +35,11 @@ class WorkFailed(TemperError):
 
 class Interrupted(TemperError):
     exit_code = 130
+
+
+def one_line(text: str) -> str:
+    """Text as one printable line: a name from a file can neither break the sentence nor steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -213,8 +213,8 @@ def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] 
     hints, filled = _named_hints(cls), {}
     for key, given in options.items():
         if key not in hints:
-            raise UserError(f"{field}.{key}".lstrip("."), given, f"no such key; {nearest(str(key), hints)}")
-        filled[key] = coerce(given, hints[key][1], f"{field}.{key}".lstrip("."), scheduled if isinstance(scheduled, bool) else key in scheduled)
+            raise UserError(_under(field, key), given, f"no such key; {nearest(str(key), hints)}")
+        filled[key] = coerce(given, hints[key][1], _under(field, key), scheduled if isinstance(scheduled, bool) else key in scheduled)
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
             raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
@@ -222,6 +222,12 @@ def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] 
         return cls(**filled)
     except (ValueError, TypeError) as problem:
         raise UserError(field or "recipe", plain(dict(options)), str(problem).rstrip(".")) from None
+
+
+def _under(field: str, key: Any) -> str:
+    """How a sentence names a key that may be anything."""
+    plainly = isinstance(key, str) and re.fullmatch(r"[\w.-]{1,60}", key)
+    return f"{field}.{key}".lstrip(".") if plainly else f"{field or 'recipe'}[{str(key)[:60]!r}]"
 
 
 def _named_hints(cls: type) -> dict[str, tuple[Any, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def evaluate(
 
 
 def _measure(skills: Skills, model: Any, tell: Callable[..., None], row: str) -> dict[str, Any]:
-    outcomes, system = [], replace(skills.system(model), reference=bool(skills.base.originals))
+    outcomes, system = [], skills.system(model)
     for i, skill in enumerate(skills.skills):
         tell("measure", skill=skill.name, done=i, total=len(skills.skills))
         outcomes += skill.measure(system)
@@ -74,7 +73,7 @@ def suite(given: Any) -> Any:
         elif f"evaluate.{given}" in parts.index():
             given = f"evaluate.{given}"
         elif given not in parts.index() and Path(given).exists():
-            given = {"evaluate.file": {"path": given, "rows": "all", "role": "other"}}
+            given = {"evaluate.file": {"data": {"data.file": {"path": given, "holdout": 0.0}}, "rows": "all"}}
         elif given not in parts.index():
             known = [n.removeprefix("evaluate.") for n in parts.names("evaluate")]
             raise UserError("--suite", given, f"neither a suite nor a file; {nearest(given.removeprefix('evaluate.'), known)}")

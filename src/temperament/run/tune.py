@@ -25,10 +25,10 @@ from temperament.errors import Interrupted, TemperError, UserError, WorkFailed, 
 from temperament.nn import draws
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, cache_dir, file_sha, made_of, read_outcomes, write_outcomes
+from temperament.run.artefacts import Folder, address, cache_dir, file_sha, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
-from temperament.run.recipe import inside, unrolled, walk_steps
+from temperament.run.recipe import unrolled, walk_steps
 from temperament.run.state import State, chain, place_on
 from temperament.run.training import quiet_training, run_train
 from temperament.train.checkpoint import write_atomic
@@ -138,14 +138,28 @@ def tune(
 ) -> Run:
     """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its name."""
     recipe = schema.read(recipe, overrides)
-    world = World(recipe.precision.compute, recipe.log_with)
+    world = World(recipe.precision.compute, recipe.log_with, device=recipe.device)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     folder = Folder(out, write=world.main)
-    before = folder.open(resume, fresh)
+    before = _opened(folder, world, resume, fresh)
     if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
         tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
     with folder.alone():
         return _Tuning(recipe, folder, world, base, tell).run()
+
+
+def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str, Any]:
+    """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has just written."""
+    before, problem = {}, None
+    if world.main:
+        try:
+            before = folder.open(resume, fresh)
+        except TemperError as raised:
+            problem = raised
+    before, sentence, code = world.same((before, str(problem or ""), getattr(problem, "exit_code", 0)))
+    if sentence:
+        raise problem or (UserError("--out", str(folder.path), "the main process refused it") if code == 2 else WorkFailed(sentence))
+    return before
 
 
 class _Tuning:
@@ -157,6 +171,7 @@ class _Tuning:
         self.rows: dict[str, dict[str, SkillResult]] = {}
         self.states: dict[str, State] = {}
         self.learned: dict[str, str] = {}  # target -> the row after which it was taught
+        self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
 
     def run(self) -> Run:
@@ -247,7 +262,7 @@ class _Tuning:
 
     def do(self, step: schema.Step, state: State, round: int = 0) -> State:
         """One step: from where it starts to the state it leaves."""
-        start = state if step.start == "previous" else self.states[step.start]
+        start = state if step.start == "previous" else self.state_of(step)
         if step.when and not self.holds(step.when):
             self.states[step.name] = start
             self.tell("skip", name=step.name)
@@ -276,6 +291,13 @@ class _Tuning:
         self.folder.save_run(self.json | {"status": "running", "ledger": self.ledger_json()})
         return done
 
+    def state_of(self, step: schema.Step) -> State:
+        """The state of the step that `start` names."""
+        known = self.scope(step.name)
+        if step.start not in known:
+            raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, known)}")
+        return known[step.start]
+
     def left(self, name: str) -> dict[str, Any]:
         artefact = self.last_artefact.get(name, {})
         return {k: artefact[k] for k in ("steps", "tokens", "stopped", "rows") if k in artefact}
@@ -284,17 +306,26 @@ class _Tuning:
 
     def inputs(self, step: schema.Step, spec: Any) -> list[Any]:
         """Addresses of what else a step reads: other artefacts, and of the recipe around it what can change its result."""
+        known = self.scope(step.name)
         if step.merge:
-            return [self.states[n].key if n in self.states else file_sha(n) for n in self.merged(spec)]
-        data = [s.key for s in self.states.values() if s.data]
+            return [known[n].key if n in known else file_sha(n) for n in self.merged(spec, known)]
+        read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
+        for name in read:
+            if name not in known:
+                raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
+        keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
         if step.build:
-            return [data, parts.plain([self.recipe.inference, self.recipe.aides])]
+            return [keys, parts.plain([self.recipe.inference, self.recipe.aides])]
         if step.train:
             looked = spec.stop or spec.keep == "best"
-            return [data, self.recipe.precision.compute, self.skills.key("look") if looked else "", self.recipe.evaluation.every if spec.keep == "best" else 0]
-        return data
+            return [keys, self.recipe.precision.compute, self.skills.key("look") if looked else "", self.recipe.evaluation.every if spec.keep == "best" else 0]
+        return keys
 
-    def merged(self, spec: schema.Merging) -> list[str]:
+    def scope(self, name: str) -> dict[str, State]:
+        """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
+        return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
+
+    def merged(self, spec: schema.Merging, known: Mapping[str, State]) -> list[str]:
         """What a merge merges: by default the result of every step before that changed the base, each once."""
         changed = {s.key: n for n, s in reversed(self.states.items()) if s.delta is not None and "/" not in n}
         return spec.of or list(reversed(changed.values()))
@@ -310,8 +341,9 @@ class _Tuning:
         place_on(self.base, start)
         # Every stage has draws of its own: order, halves, first values, samples.
         seed = self.recipe.seed if start.stage == round == 0 else draws.key(self.recipe.seed, "stage", start.stage, round) & 0x7FFFFFFF
-        ctx = Context(self.base, self.world, seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+        ctx = Context(self.base, self.world, seed, spec.batch, spec.micro, place / "scratch", key, round=round,
+                      aides=self.recipe.aides, inference=self.recipe.inference, artefacts=self.artefacts(start, step.name),
+                      before=self.before(step, start), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every, self.skills.less())
@@ -339,8 +371,9 @@ class _Tuning:
             return State(key, Delta.load(place / "delta"), place, start.data)
         began = time.perf_counter()
         self.base.reset()
-        names = self.merged(spec)
-        deltas = [self.states[n].delta if n in self.states else read_delta(n, self.base) for n in names]
+        known = self.scope(step.name)
+        names = self.merged(spec, known)
+        deltas = [known[n].delta if n in known else read_delta(n, self.base) for n in names]
         if not deltas or any(d is None for d in deltas):
             raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
         merged = spec.method.merge(self.base, deltas)
@@ -358,11 +391,12 @@ class _Tuning:
         place = self.folder.step(step.name)
         data = {**start.data, step.name: str(place / "data.jsonl")}
         if artefact:
+            self.last_artefact = {**self.last_artefact, step.name: artefact}
             return replace(start, key=key, data=data)
         began = time.perf_counter()
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
-                      artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+                      artefacts=self.artefacts(start, step.name), before=self.before(step, start), tell=self.tell)  # fmt: skip
         items, rejected = [], []
         for item in spec.builder.make(ctx):
             (rejected if isinstance(item, dict) and "rejected_because" in item else items).append(item)
@@ -371,7 +405,8 @@ class _Tuning:
         if self.folder.write:
             write_atomic(place / "data.jsonl", "".join(json.dumps(i) + "\n" for i in items))
             write_atomic(place / "rejected.jsonl", "".join(json.dumps(i) + "\n" for i in rejected))
-        self.folder.finish(step.name, key, kind="build", rows=len(items), rejected=len(rejected), seconds=time.perf_counter() - began)
+        content = {"rows": len(items), "rejected": len(rejected), "seconds": time.perf_counter() - began}
+        self.last_artefact = {**self.last_artefact, step.name: self.folder.finish(step.name, key, kind="build", **content)}
         return replace(start, key=key, data=data)
 
     def rounds(self, step: schema.Step, start: State, outer: int = 0) -> State:
@@ -380,8 +415,9 @@ class _Tuning:
         for i in range(spec.times):
             begin = {"previous": state, "base": self.states["base"], "start": start}[spec.start]
             state = replace(begin, data=state.data)
-            for inner in inside(spec.steps, f"{step.name}/{i + 1}/"):
-                state = self.do(inner, state, outer * spec.times + i)
+            for inner in spec.steps:
+                state = self.do(replace(inner, name=f"{step.name}/{i + 1}/{inner.name}"), state, outer * spec.times + i)
+                self.latest[inner.name] = f"{step.name}/{i + 1}/{inner.name}"
             self.states[step.name] = state
             value = self.value(spec.until.skill) if spec.until else None
             if value is not None:
@@ -393,8 +429,14 @@ class _Tuning:
                 last = value
         return state
 
-    def artefacts(self, state: State) -> dict[str, Path]:
-        return {n: s.folder for n, s in self.states.items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+    def artefacts(self, state: State, step: str) -> dict[str, Path]:
+        """Folders (or data files) earlier steps left, by the names this step can use."""
+        left = {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+        return left | {short: left[name] for short, name in self.latest.items() if name in left and short not in left}
+
+    def before(self, step: schema.Step, state: State) -> Path | None:
+        """What this same step left in the round before."""
+        return self.artefacts(state, "").get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
 
     # -- the ledger -------------------------------------------------------------------------------------------------------------
 
