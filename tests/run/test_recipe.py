@@ -181,7 +181,6 @@ def test_overrides_by_place_name_and_part():
     assert got.evaluation.dial.budget == 2.0 and got.precision.compute == "bf16"
     assert read(base, ["sft.train.clip="]).steps[0].train.clip is None
     assert read(base, ["sft.train.source={data.lab: {skills: [copy, sort]}}"]).steps[0].train.source.skills == ["copy", "sort"]
-    assert read(base, ["evaluation.suites=[{evaluate.lab: {target: a=b}}]"] if False else ["seed=3"]).seed == 3
 
 
 @pytest.mark.parametrize("override, why", [

@@ -16,7 +16,7 @@ from temperament.run import tune as module
 from temperament.run.tune import tune
 
 SUITE = [{"evaluate.lab": {"target": "shift", "retained": ["copy", "add"], "items": 3}}]
-TWO = [{"evaluate.lab": {"target": t, "retained": ["copy"], "items": 3}} for t in ("shift", "double")]
+TWO = [{"evaluate.lab": {"target": t, "retained": ["copy"], "items": 3}} for t in ("shift", "interleave")]
 LORA = {"adapters.lora": {"rank": 2}}
 
 
@@ -75,18 +75,20 @@ def test_sft_then_dpo_then_grpo_and_nothing_twice(base, tmp_path):
     assert len(set(digests)) == 3 and digests[-1] == run.json["delta"]["digest"] == run.delta.digest
     assert all(c.rank == 6 for c in run.delta.changes.values())  # low rank on low rank stays low rank
 
+    tokens = sum(r["tokens"] for r in logged(run))
+
     again = tune(spec, tmp_path / "r", base=base, resume=True)  # a finished run: nothing to do
     assert all(cached(again).values()) and again.delta.digest == run.delta.digest and again.json["ledger"] == run.json["ledger"]
-    assert logged(again) == logged(run)
+    before = logged(again)
     later = tune(recipe(*steps[:2], train("grpo", "copy")), tmp_path / "r", base=base)  # edit the last step only
     assert cached(later) == {"sft": True, "dpo": True, "grpo": False} and later.delta.digest != run.delta.digest
-    assert len(logged(later, "grpo")) == 2 and logged(later, "sft") == logged(run, "sft")
+    assert len(logged(later, "grpo")) == 2 and [r for r in before if r["stage"] != "grpo"] == [r for r in logged(later) if r["stage"] != "grpo"]
 
     # the folder is what scripts are promised
     json_, folder = run.json, tmp_path / "r"
     assert {"status", "base", "steps", "ledger", "delta", "plan", "cost", "environment", "recipe"} <= set(json_)
     assert {"parameters", "bytes", "digest"} <= set(json_["delta"]) and {"seconds", "peak_bytes", "tokens"} <= set(json_["cost"])
-    assert later.json["cost"]["tokens"] == sum(r["tokens"] for r in logged(later)) > 0 and json_["base"]["sha256"] == base.sha256
+    assert json_["cost"]["tokens"] == again.json["cost"]["tokens"] == tokens > 0 and json_["base"]["sha256"] == base.sha256
     for skill in json_["ledger"]["skills"]:
         assert {"name", "role", "metric", "n", "before", "after", "change", "ci95", "kept", "gained", "lost"} <= set(skill)
     assert {"recipe.yaml", "run.json", "log.jsonl", "delta", "steps", "items.json"} <= {p.name for p in folder.iterdir()}
@@ -129,20 +131,20 @@ def test_a_step_after_another_kind_of_step_keeps_both(base, tmp_path):
 
 def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
     merge = {"name": "both", "merge": {"method": "merge.linear"}, "start": "base"}
-    spec = recipe(train("A", "shift"), train("B", "double", start="base"), merge, suites=TWO)
+    spec = recipe(train("A", "shift"), train("B", "interleave", start="base"), merge, suites=TWO)
     run = tune(spec, tmp_path / "r", base=base)
     matrix = run.ledger.matrix
-    assert matrix["rows"] == ["base", "A", "B", "both"] and matrix["learned"] == {"shift": "A", "double": "B"}
+    assert matrix["rows"] == ["base", "A", "B", "both"] and matrix["learned"] == {"shift": "A", "interleave": "B"}
     back = matrix["backward_transfer"]
     scores = run.ledger.rows
-    gain = [scores["both"][s].mean - scores[row][s].mean for s, row in (("shift", "A"), ("double", "B"))]
+    gain = [scores["both"][s].mean - scores[row][s].mean for s, row in (("shift", "A"), ("interleave", "B"))]
     assert back["value" if "value" in back else "change"] == pytest.approx(sum(gain) / 2)
     W, d = dict(base.parameters()), {n: Delta.load(tmp_path / "r" / "steps" / n / "delta") for n in ("A", "B")}
     for n, w in change(run).items():
         want = W[n].detach() + sum(0.5 * (d[k].change(n).apply(W[n].detach()) - W[n].detach()) for k in "AB")
         assert torch.allclose(w, want, atol=1e-6)
     # a branch that changes changes the merge; another name for it is not looked for
-    later = tune(recipe(train("A", "shift", steps=3), train("B", "double", start="base"), merge, suites=TWO), tmp_path / "r", base=base)
+    later = tune(recipe(train("A", "shift", steps=3), train("B", "interleave", start="base"), merge, suites=TWO), tmp_path / "r", base=base)
     assert cached(later) == {"A": False, "B": True, "both": False} and later.delta.digest != run.delta.digest
     assert later.ledger.matrix["learned"] == matrix["learned"]
     outside = recipe({"name": "m", "merge": {"method": "merge.linear", "of": [str(tmp_path / "r")]}}, suites=TWO)
@@ -164,9 +166,9 @@ def test_rounds_stop_by_their_rule_and_begin_where_they_say(base, tmp_path):
         run = tune(recipe(*steps, evaluation={"base": False}), tmp_path / start, base=base)
         rank = {c.rank for c in run.delta.changes.values()}
         assert rank == {{"previous": 6, "base": 2, "start": 4}[start]} and list(cached(run)) == ["before", "r/1/x", "r/2/x"]
-        assert len({s["key"] for s in run.json["steps"]}) == 3  # no round is taken for another
-        digest = {json.loads(p.read_text())["digest"] for p in (tmp_path / start / "steps").glob("*/artefact.json")}
-        assert len(digest) == 3
+        assert len({s["key"] for s in run.json["steps"][1:]}) == 2  # no round is taken for another
+        digest = {json.loads(p.read_text())["digest"] for p in (tmp_path / start / "steps").glob("r.*/artefact.json")}
+        assert len(digest) == 2
 
 
 def test_foreach_when_and_measure(base, tmp_path):
@@ -301,8 +303,9 @@ def test_what_is_asked_wrongly_ends_before_anything_is_trained(base, tmp_path):
         (recipe(train("a", source={"rollout.sample": {"prompts": lab(), "rewards": ["rewards.lab"], "group": 3}}, objective="objectives.policy.grpo")), "multiple of the group"),
         (recipe({"merge": {"method": "merge.linear", "of": ["base"]}}), "must have changed the base"),
     ]:  # fmt: skip
-        with pytest.raises(UserError, match=why):
+        with pytest.raises(UserError) as problem:
             tune(broken, tmp_path / "r", base=base)
+        assert why in str(problem.value)
         assert not (tmp_path / "r" / "log.jsonl").exists() or not (tmp_path / "r" / "log.jsonl").read_text()
         assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "failed"
         assert not any("_pieces" in m.__dict__ for m in base.model.modules()) and not base.originals

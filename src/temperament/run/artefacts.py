@@ -104,7 +104,7 @@ class Folder:
     def run(self) -> dict[str, Any]:
         try:
             return json.loads((self.path / "run.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as problem:
             raise UserError("run", str(self.path / "run.json"), f"it cannot be read ({problem}); name another folder") from None

@@ -149,7 +149,7 @@ class Rounds:
     until: Until | None = None  # stop rule, looked at after each round
 
     def __post_init__(self):
-        at_least(self, times=1)
+        at_least(self, times=0)
         if not self.steps:
             raise ValueError("rounds need at least one step")
 
@@ -285,6 +285,8 @@ def _readable(steps: list[Step], before: set[str]) -> None:
 
 
 def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
+    from temperament.run.artefacts import walk_all
+
     made: list[Step] = []
     for i, step in enumerate(steps):
         name, before = step.name, [*outer, *(s.name for s in made)]
@@ -301,6 +303,10 @@ def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
                     continue
                 what = "not a step before this one" if key == "start" else "neither a step before this one nor a folder"
                 raise UserError(f"{where}[{i}].{key}", k, f"{what}; {nearest(k, ['previous', 'base', *before] if key == 'start' else before)}")
+        for part in (p for spec in (step.train, step.build) if spec for p in walk_all(spec)):
+            for k in getattr(part, "inputs", ()):  # steps that a part reads
+                if k not in before:
+                    raise UserError(f"{where}[{i}].{type(part).part_name}", k, f"not a step before this one; {nearest(k, before)}")
         if step.rounds:
             step = replace(step, rounds=replace(step.rounds, steps=_names(step.rounds.steps, f"{where}[{i}].rounds.steps", [*before, name])))
         if step.foreach:
@@ -380,7 +386,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key is a word, in line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(f"the key in line {key.start_mark.line + 1} is a list or a mapping; a key is a word")
             if key.value in seen:
                 raise yaml.YAMLError(f"the key {key.value!r} stands twice, in line {key.start_mark.line + 1}")
             seen.add(key.value)

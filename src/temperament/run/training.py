@@ -155,7 +155,7 @@ def run_train(
     """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress; of the skills in `less`
     less is better."""
     with in_training(spec, ctx) as players:
-        return _run(spec, ctx, players, folder, name, key, look, tell, every, less)
+        return _trained(spec, ctx, players, folder, name, key, look, tell, every, less)
 
 
 @contextlib.contextmanager
@@ -178,8 +178,9 @@ def in_training(spec: Train, ctx: Context):
                 checkpointing(component, enabled=False)
 
 
-def _run(spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int,
-         less: Container[str]) -> Trained:  # fmt: skip
+def _trained(
+    spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int, less: Container[str]
+) -> Trained:
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
     kinds = {k for p in players for k in p.objectives}

@@ -28,7 +28,7 @@ from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder, address, cache_dir, file_sha, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
-from temperament.run.recipe import inside, unrolled, walk_steps
+from temperament.run.recipe import unrolled, walk_steps
 from temperament.run.state import State, chain, place_on
 from temperament.run.training import quiet_training, run_train
 from temperament.train.checkpoint import write_atomic
@@ -170,8 +170,8 @@ class _Tuning:
         self.base = base
         self.rows: dict[str, dict[str, SkillResult]] = {}
         self.states: dict[str, State] = {}
-        self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.learned: dict[str, str] = {}  # target -> the row after which it was taught
+        self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
 
     def run(self) -> Run:
@@ -306,26 +306,26 @@ class _Tuning:
 
     def inputs(self, step: schema.Step, spec: Any) -> list[Any]:
         """Addresses of what else a step reads: other artefacts, and of the recipe around it what can change its result."""
-        if step.merge:
-            return [self.states[n].key if n in self.states else file_sha(n) for n in self.merged(spec)]
         known = self.scope(step.name)
+        if step.merge:
+            return [known[n].key if n in known else file_sha(n) for n in self.merged(spec, known)]
         read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
         for name in read:
             if name not in known:
                 raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
-        data = [[known[n].key for n in read], [s.key for s in self.states.values() if s.data]]
+        keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
         if step.build:
-            return [data, parts.plain([self.recipe.inference, self.recipe.aides])]
+            return [keys, parts.plain([self.recipe.inference, self.recipe.aides])]
         if step.train:
             looked = spec.stop or spec.keep == "best"
-            return [data, self.recipe.precision.compute, self.skills.key("look") if looked else "", self.recipe.evaluation.every if spec.keep == "best" else 0]
-        return data
+            return [keys, self.recipe.precision.compute, self.skills.key("look") if looked else "", self.recipe.evaluation.every if spec.keep == "best" else 0]
+        return keys
 
     def scope(self, name: str) -> dict[str, State]:
         """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
         return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
 
-    def merged(self, spec: schema.Merging) -> list[str]:
+    def merged(self, spec: schema.Merging, known: Mapping[str, State]) -> list[str]:
         """What a merge merges: by default the result of every step before that changed the base, each once."""
         changed = {s.key: n for n, s in reversed(self.states.items()) if s.delta is not None and "/" not in n}
         return spec.of or list(reversed(changed.values()))
@@ -371,8 +371,9 @@ class _Tuning:
             return State(key, Delta.load(place / "delta"), place, start.data)
         began = time.perf_counter()
         self.base.reset()
-        names = self.merged(spec)
-        deltas = [self.states[n].delta if n in self.states else read_delta(n, self.base) for n in names]
+        known = self.scope(step.name)
+        names = self.merged(spec, known)
+        deltas = [known[n].delta if n in known else read_delta(n, self.base) for n in names]
         if not deltas or any(d is None for d in deltas):
             raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
         merged = spec.method.merge(self.base, deltas)
@@ -414,10 +415,9 @@ class _Tuning:
         for i in range(spec.times):
             begin = {"previous": state, "base": self.states["base"], "start": start}[spec.start]
             state = replace(begin, data=state.data)
-            within = f"{step.name}/{i + 1}/"
-            for inner in inside(spec.steps, within):
-                state = self.do(inner, state, outer * spec.times + i)
-                self.latest[inner.name.removeprefix(within)] = inner.name
+            for inner in spec.steps:
+                state = self.do(replace(inner, name=f"{step.name}/{i + 1}/{inner.name}"), state, outer * spec.times + i)
+                self.latest[inner.name] = f"{step.name}/{i + 1}/{inner.name}"
             self.states[step.name] = state
             value = self.value(spec.until.skill) if spec.until else None
             if value is not None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temperament.errors import WorkFailed
+from temperament.errors import UserError, WorkFailed
 from temperament.nn.batch import Batch
 from temperament.nn.context import context
 from temperament.nn.draws import Address
@@ -273,6 +273,10 @@ def train(
         began = time.perf_counter()
         batches = stream.batch(step, progress)
         batches = batches if isinstance(batches, list) else [batches]
+        kinds = {type(b).__name__ for b in batches}
+        if not any(kinds & set(p.objectives) for p in players):  # it would go through the data and learn nothing
+            wanted = ", ".join(k for p in players for k in p.objectives)
+            raise UserError("train.objective", wanted, f"the source gave {', '.join(sorted(kinds))}; choose an objective for that")
         row: dict[str, Any] = {"step": step + 1, "loss": 0.0}
         for player in players:
             if step < player.from_step or step % player.every:
