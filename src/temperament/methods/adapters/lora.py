@@ -37,8 +37,10 @@ class LoRAPiece(Piece):
         if self.A.dim() > 2:  # a convolution: A keeps the kernel, B is 1 x 1
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
+        # Under autocast torch casts operand by operand, which the fused node would bypass.
+        plain = not torch.is_autocast_enabled(x.device.type)
         frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-        if address is None and frozen and base.bare and not base.transposed and x.dtype == self.A.dtype:
+        if address is None and plain and frozen and base.bare and not base.transposed and x.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
 
