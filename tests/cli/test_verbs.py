@@ -109,7 +109,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(folder, capsys):
     assert resumed["delta"]["digest"] == whole["delta"]["digest"]
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter", "delta"])
+@pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_export(run, folder, capsys, form):
     place, _ = run
     to = folder / f"export-{form}"
@@ -135,12 +135,19 @@ def test_diagnose_eval_merge(run, folder, capsys):
     place, _ = run
     found = spoken(capsys, "diagnose", "lab/lm", place, "--with", "{diagnose.intruder_dimensions: {k: 3}}")
     assert found["diagnoses"]["diagnose.intruder_dimensions"]["k"] == 3
-    assert cli.main(["diagnose", "lab/lm", str(place)]) == 0
-    capsys.readouterr()
     measured = spoken(capsys, "eval", place, "--suite", folder / "new.jsonl", "--items", "5", "--quiet")
     assert measured["skills"][0]["n"] == 5 and measured["ledger"]["skills"][0]["before"] is not None
     made = spoken(capsys, "merge", place, place, "--out", folder / "merged", "--as", "delta")
     assert made["base"] == "lab/lm" and (folder / "merged" / "delta.json").exists()
+
+
+def test_chat_answers_each_line(capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n/undo\nhow are you\nand you\n/exit\nnever read\n"))
+    found = spoken(capsys, "chat", "lab/lm", "--max-new", "5", "--system", "Be brief.")
+    assert [m["role"] for m in found["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in found["messages"]][1::2] == ["how are you", "and you"]
 
 
 def test_generate_is_addressed(capsys):
