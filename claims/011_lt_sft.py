@@ -1,6 +1,6 @@
 """[011] LT-SFT: sparse changes trained apart compose by adding, with less interference than dense ones.
 
-Two procedures are taught apart, from the same base: letters shifted, a new arithmetic operator. Sparse: a full training finds the
+Two procedures are taught apart, from one base: letters shifted, a new arithmetic operator. Sparse: a full training finds the
 ticket (its 5 % largest changes), training begins again on those alone. Dense: the full trainings themselves. Then both changes
 are added. Compared: mean accuracy on the two tasks of base + change + change. Every training stops at 90 % of its own task.
 """

@@ -58,11 +58,15 @@ def _drawn(folder: Path, tell: Tell) -> None:
 
 
 def plan(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None) -> dict[str, Any]:
-    """What the recipe will take: memory, time, disk, from shapes and one dry step."""
-    from temperament.run.plan import plan as predict
+    """What the recipe will take: memory, time, disk; from shapes alone first, and where it fits verified with one dry step."""
+    from temperament.run import plan as plans
 
     spec = schema.read(recipe, overrides)
-    return predict(spec, base or _load(spec))
+    if base is None:
+        rough = plans.plan(spec, plans.shapes(spec), dry=False)
+        if not rough["fits"]:
+            return rough
+    return plans.plan(spec, base or _load(spec))
 
 
 def check(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None, resume: bool = False) -> dict[str, Any]:

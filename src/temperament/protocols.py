@@ -100,15 +100,28 @@ class Schedule(Protocol):
 
 
 class Trainable(Protocol):
-    """What is updated. `build(base, ctx)` returns a `Live` (train/live.py) on the base's modules, already attached.
+    """What is updated. `build(base, ctx)` returns a `Trained` (train/live.py) on the base's modules; the runner attaches it.
 
-    Optional: `prepare(live, batches)` a pass over data before training, cached and resumable.
+    Optional: `prepare(base, ctx, batches) -> {name: tensor}`, a pass over the data that training will see, before anything is
+    built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the part is
+    built (empty where nobody looked: the exactness check builds without). `rebuild(base, name, addition) -> (module, Around)`, for
+    parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a delta is loaded.
     """
 
     rooms: ClassVar = ("select", "adapters")
     must: ClassVar = ("build",)
 
     def build(self, base: Any, ctx: Any) -> Any: ...
+
+
+class Start(Protocol):
+    """How a low-rank adapter begins at a place: `factors(place, rank, prepared, seed) -> (A, B)`, or None where it gets no adapter.
+
+    Optional: `prepare(base, ctx, batches, places, rank) -> {name: tensor}`, given back as `prepared`; without it `prepared` is empty.
+    """
+
+    rooms: ClassVar = ("adapters.init",)
+    must: ClassVar = ("factors",)
 
 
 class Objective(Protocol):

@@ -94,7 +94,7 @@ class Live(AbstractContextManager):
         left = (total - step) / rate if rate else 0.0
         worth = {k: v for k, v in terms.items() if k.rpartition("/")[2] in ("reward", "accuracy", "kl") and isinstance(v, float)}
         numbers = "  ".join([f"loss {loss:.3f}", *(f"{k} {v:.3f}" for k, v in worth.items())])
-        tail = f"{rate_text(rate)}  {duration(left)} left  {numbers}"
+        tail = f"{rate_text(rate)}  {f'{duration(left)} left  ' if step < total else ''}{numbers}"
         if self.say.err.is_terminal:
             self._moving(name, tail, total, step)
         elif time.monotonic() - self.printed > EVERY or step in (1, total):

@@ -32,7 +32,7 @@ def singular(weight: Tensor, rank: int, seed: int = 0, address: str = "", power:
 
 @torch.no_grad()
 def largest(scores: Tensor, k: int) -> Tensor:
-    """Flat positions of the k largest entries, ascending; of equals the first come first, so the choice is the same everywhere."""
+    """Flat positions of the k largest entries, ascending; of equals the first, so the choice is the same everywhere."""
     flat = scores.reshape(-1)
     if k >= flat.numel():
         return torch.arange(flat.numel(), device=flat.device)
@@ -42,3 +42,44 @@ def largest(scores: Tensor, k: int) -> Tensor:
     above = (flat > edge).nonzero().squeeze(1)
     tied = (flat == edge).nonzero().squeeze(1)[: k - len(above)]
     return torch.cat([above, tied]).sort().values
+
+
+class IncrementalPCA:
+    """Principal components of rows that come in batches, without keeping them: exact while no more than `keep` are needed.
+
+        mean    of all rows so far          components (k, d), values (k,): right singular triples of the centred rows
+
+    The old rows enter the next decomposition as S V^T, the move of the mean as one more row. Source: Ross et al. 2008.
+    """
+
+    def __init__(self, keep: int):
+        self.keep, self.n = keep, 0
+        self.mean = self.square = self.components = self.values = None
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """rows (m, d)."""
+        X, m = rows.detach().double(), len(rows)
+        if m == 0:
+            return
+        mean = X.mean(0)
+        centred = X - mean
+        if self.n == 0:
+            stack, self.mean, self.square = centred, mean, (centred**2).sum(0)
+        else:
+            share = self.n * m / (self.n + m)
+            apart = self.mean - mean
+            stack = torch.cat([self.values[:, None] * self.components, centred, (share**0.5 * apart)[None]])
+            self.square = self.square + (centred**2).sum(0) + share * apart**2
+            self.mean = (self.n * self.mean + m * mean) / (self.n + m)
+        self.n += m
+        _, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+        V, S = Vh[: self.keep], S[: self.keep]
+        at = V.abs().argmax(1, keepdim=True)
+        self.components, self.values = V * V.gather(1, at).sign(), S  # the largest entry of a component is positive
+
+    @property
+    def explained(self) -> Tensor:
+        """(k,) share of the variance of all rows that each component holds; of rows that are all alike, 0."""
+        total = self.square.sum()
+        return self.values**2 / total if total > 0 else torch.zeros_like(self.values)

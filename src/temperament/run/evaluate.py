@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def evaluate(
 
 
 def _measure(skills: Skills, model: Any, tell: Callable[..., None], row: str) -> dict[str, Any]:
-    outcomes, system = [], replace(skills.system(model), reference=bool(skills.base.originals))
+    outcomes, system = [], skills.system(model)
     for i, skill in enumerate(skills.skills):
         tell("measure", skill=skill.name, done=i, total=len(skills.skills))
         outcomes += skill.measure(system)

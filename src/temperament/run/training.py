@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from temperament.delta import Delta
 from temperament.errors import Interrupted, UserError
+from temperament.nn.batch import Batch
 from temperament.nn.context import checkpointing
+from temperament.protocols import Progress
 from temperament.run.artefacts import Folder
 from temperament.run.recipe import Train
 from temperament.train import checkpoint
@@ -56,19 +61,16 @@ def quiet_training(component: nn.Module) -> None:
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
     """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
-    live = Live(ctx.base, [t.build(ctx.base, ctx) for t in spec.trainable])
+    live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare))
     if not live.params:
         raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
-    for part, trained in zip(spec.trainable, live.parts, strict=True):
-        if prepare and hasattr(part, "prepare"):
-            part.prepare(live, trained, ctx)
     others: dict[str, Live] = {}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
     ctx.live, ctx.views = live, views
     objectives = spec.objective if isinstance(spec.objective, dict) else dict.fromkeys(spec.objective.batch, spec.objective)
     players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx)]
     for name, more in spec.players.items():
-        own = Live(ctx.base, [t.build(ctx.base, ctx) for t in more.trainable]) if more.trainable else live
+        own = Live(ctx.base, _built(more.trainable, name, spec, ctx, prepare)) if more.trainable else live
         others[name] = own
         its = _player(name, own, more.optimizer, more.objective, more.regularizers, Views(own, ctx.world, spec.micro, ctx.seed, others), spec, ctx)
         its.every, its.from_step = more.every, more.from_step
@@ -76,11 +78,46 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
     return players
 
 
+def _built(trainables: list[Any], whose: str, spec: Train, ctx: Context, prepare: bool) -> list[Any]:
+    """Each trainable on the base, after its look at the data."""
+    made = []
+    for i, part in enumerate(trainables):
+        ctx.prepared = prepared(part, f"{whose}-{i}", spec, ctx) if prepare and hasattr(part, "prepare") else {}
+        made.append(part.build(ctx.base, ctx))
+    ctx.prepared = {}
+    return made
+
+
+def prepared(part: Any, slot: str, spec: Train, ctx: Context) -> dict[str, Tensor]:
+    """What a part learns from the data before training; kept in the step's folder under the step's key, so it looks once."""
+    kept = ctx.folder / f"prepared-{slot}.safetensors" if ctx.folder is not None else None
+    if kept is not None and kept.exists():
+        with safe_open(kept, "pt") as f:
+            if f.metadata().get("key") == ctx.key:
+                return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    found = part.prepare(ctx.base, ctx, _batches(spec, ctx))
+    if kept is not None and found and ctx.world.main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().cpu().contiguous() for n, t in found.items()}, part_file := kept.with_suffix(".part"), {"key": ctx.key})
+        os.replace(part_file, kept)
+    return found
+
+
+def _batches(spec: Train, ctx: Context) -> Iterator[Batch]:
+    """What training will see, batch by batch, with the model as the step found it; opened when the first is asked for."""
+    still = Live(ctx.base, [])
+    stream = spec.source.open(replace(ctx, live=still, views=Views(still, ctx.world, spec.micro, ctx.seed)))
+    total = steps_of(spec, stream)
+    for step in range(total):
+        got = stream.batch(step, Progress(step, total))
+        yield from got if isinstance(got, list) else [got]
+
+
 def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context) -> Player:
     needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
-    if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):
+    if "start" in needs and any(not _zero(p) for part in live.parts for _, p in part.attached()):
         live.mark("start")
     if "ema" in needs and spec.ema is None:
         raise UserError("train.ema", None, "a part reads the version `ema`; give its decay, e.g. ema: 0.99")

@@ -129,11 +129,25 @@ def tune(
     world = World(recipe.precision.compute, recipe.log_with, device=recipe.device)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     folder = Folder(out, write=world.main)
-    before = folder.open(resume, fresh)
+    before = _opened(folder, world, resume, fresh)
     if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
         tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
     with folder.alone():
         return _Tuning(recipe, folder, world, base, tell).run()
+
+
+def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str, Any]:
+    """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has just written."""
+    before, problem = {}, None
+    if world.main:
+        try:
+            before = folder.open(resume, fresh)
+        except TemperError as raised:
+            problem = raised
+    before, sentence, code = world.same((before, str(problem or ""), getattr(problem, "exit_code", 0)))
+    if sentence:
+        raise problem or (UserError("--out", str(folder.path), "the main process refused it") if code == 2 else WorkFailed(sentence))
+    return before
 
 
 class _Tuning:
@@ -252,7 +266,7 @@ class _Tuning:
         return done
 
     def state_of(self, step: schema.Step) -> State:
-        """The state of the step that `start` names; inside rounds the last one of that name."""
+        """The state of the step that `start` names."""
         known = self.scope(step.name)
         if step.start not in known:
             raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, known)}")
@@ -276,11 +290,8 @@ class _Tuning:
         return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
 
     def scope(self, name: str) -> dict[str, State]:
-        """The steps a step can name: all before it, and those of its own round (or, not yet done there, of the last one) by their
-        names inside the round."""
-        within = name.rpartition("/")[0] + "/"
-        latest = {short: self.states[full] for short, full in self.latest.items() if full in self.states}
-        return latest | self.states | {n.removeprefix(within): s for n, s in self.states.items() if within != "/" and n.startswith(within)}
+        """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
+        return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -290,9 +301,9 @@ class _Tuning:
             self.cost["seconds"] += artefact.get("seconds", 0.0)
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start, step.name), before=self.before(step, start),
-                      tell=self.tell)  # fmt: skip
+        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round,
+                      aides=self.recipe.aides, inference=self.recipe.inference, artefacts=self.artefacts(start, step.name),
+                      before=self.before(step, start), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)

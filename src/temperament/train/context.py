@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Context:
     """batch, micro: rows of an optimizer step, rows of a forward. live, views: the main player, once it is built (a source may generate
     with it). artefacts: folders of earlier steps, and files of rows that were built, by name. round: number of the round this step is in;
-    before: what this same step left in the round before. folder: scratch that is kept with the step. tell: event sink for progress that takes long."""
+    before: what this same step left in the round before. folder: scratch that is kept with the step; key: address of what makes the
+    step. prepared: what the part now being built learnt from the data. tell: event sink for progress that takes long."""
 
     base: Base
     world: World
@@ -29,6 +30,8 @@ class Context:
     batch: int = 16
     micro: int = 16
     folder: Path | None = None
+    key: str = ""
+    prepared: Mapping[str, Any] = field(default_factory=dict)
     round: int = 0
     live: Live | None = None
     views: Views | None = None

@@ -7,6 +7,7 @@ weights are what the model was loaded in (`precision.master`), and the choice is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,9 @@ class World:
         wanted = COMPUTE[compute]
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
             AcceleratorState._reset_state()  # a second run of one Python process may compute in another dtype
-        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, project_dir=project_dir, cpu=device == "cpu")
+        # On a machine without a GPU Accelerate joins processes only when told that they are CPU processes; else each would train alone.
+        cpu = device == "cpu" or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, project_dir=project_dir, cpu=cpu)
         self.scale = 1024.0 if wanted == "fp16" else 1.0  # keeps small gradients of activations in the range of fp16
 
     rank = property(lambda self: self.accelerator.process_index)
