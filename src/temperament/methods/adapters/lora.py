@@ -42,27 +42,43 @@ class LoRAPiece(Piece):
 
 
 class _Fused(torch.autograd.Function):
-    """The frozen map and its low-rank share in one node: one pass over the output forward, one over the input gradient backward; saves x
-    and the rank-wide x A^T only."""
+    """The frozen map and its low-rank share in one node, with n tokens and W (out, in). Of two orders of the same product each pass takes
+    the cheaper:
+
+        y = x (W + s B A)^T               the sum is made for the moment and never kept; n >= in, backward n >= out
+        y = x W^T + s (x A^T) B^T         fewer tokens
+
+    Only fp32 weights are summed: a narrower type would round a small change away. Saved are x and, in the second order, x A^T.
+    """
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, scale):
+        ctx.scale = scale
+        if W.dtype == torch.float32 and x.numel() >= x.shape[-1] ** 2:
+            ctx.save_for_backward(x, W, A, B)
+            return F.linear(x, torch.addmm(W, B, A, alpha=scale), b)
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ A.T
         y = torch.addmm(b, flat, W.T) if b is not None else flat @ W.T
         y.addmm_(low, B.T, alpha=scale)
-        ctx.save_for_backward(flat, low, W, A, B)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(x, W, A, B, low)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx, g):
-        flat, low, W, A, B = ctx.saved_tensors
-        g = g.reshape(-1, g.shape[-1])
+        x, W, A, B, *low = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        scale, flat, g = ctx.scale, x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         back = g @ B  # (n, rank)
-        gA = (back.T @ flat).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
-        gB = (g.T @ low).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        gx = (g @ W).addmm_(back, A, alpha=ctx.scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        gx = gA = gB = None
+        if need_x and W.dtype == torch.float32 and len(g) >= len(W):
+            gx = (g @ torch.addmm(W, B, A, alpha=scale)).view(x.shape)
+        elif need_x:
+            gx = (g @ W).addmm_(back, A, alpha=scale).view(x.shape)
+        if need_A:
+            gA = (back.T @ flat).mul_(scale)
+        if need_B:  # the thin factor first: a rank-wide output is the fast shape
+            gB = ((low[0] if low else flat @ A.T).T @ g).mul_(scale).T
         return gx, None, None, gA, gB, None
 
 
