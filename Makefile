@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test bases claims bench lint clean
 
 demo: $(VENV)/.demo
-	@$(BIN)/python recipes/demo.py
+	@$(BIN)/temper compare recipes/demo.yaml --methods select.full,select.half,adapters.lora --out runs/demo
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest

@@ -16,7 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from temperament import parts
-    from temperament.api import (check, claim, compare, diagnose, dial, evaluate, export, generate, look, merge, plan, tune)  # fmt: skip
+    from temperament.api import (  # fmt: skip
+        check,
+        claim,
+        compare,
+        diagnose,
+        dial,
+        evaluate,
+        export,
+        generate,
+        look,
+        merge,
+        plan,
+        tune,
+    )
     from temperament.bases.load import load
     from temperament.parts import part
     from temperament.run.recipe import Recipe

@@ -41,16 +41,16 @@ def tune(
     """Carry out a recipe in the folder `out` and write its report.html; returns the Run (ledger, delta, model, json)."""
     run = carry_out(recipe, out, resume=resume, fresh=fresh, overrides=overrides, base=base, tell=tell)
     if report and (run.folder / "run.json").exists():
-        _report(run, tell)
+        _drawn(run.folder, tell)
     return run
 
 
-def _report(run: Run, tell: Tell) -> None:
-    """report.html. The run is done by now: a report that cannot be drawn is said and harms nothing."""
+def _drawn(folder: Path, tell: Tell) -> None:
+    """report.html. The work is done by now: a report that cannot be drawn is said and harms nothing."""
     from temperament import report
 
     try:
-        report.write(run.folder)
+        tell("report", path=str(report.write(folder)))
     except TemperError:
         raise
     except Exception as problem:
@@ -140,7 +140,9 @@ def compare(recipe: RecipeLike, methods: Sequence[Any], *, seeds: Sequence[int] 
     spec = schema.read(recipe, overrides)
     planned = Compare(arms_of(list(methods)), list(seeds))
     out = Path(out) if out is not None else Path("runs") / f"compare-{address(spec.plain(), list(methods), list(seeds))[:12]}"
-    return {"out": str(out), **study(planned, spec, out, tell)}
+    finding = study(planned, spec, out, tell)
+    _drawn(out, tell)
+    return {"out": str(out), **finding}
 
 
 def claim(paper: str | None = None, **how: Any) -> Any:

@@ -24,8 +24,9 @@ class UserError(TemperError):
 
     def __init__(self, field: str, value: object, mend: str):
         self.field, self.value, self.mend = field, value, mend
-        shown = repr(value) if not isinstance(value, str) or len(value) < 120 else repr(value[:117] + "...")
-        super().__init__(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}")
+        shown = repr(value)
+        shown = shown if len(shown) < 120 else shown[:110] + "..." + shown[-1]
+        super().__init__(one_line(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}"))
 
 
 class WorkFailed(TemperError):
@@ -36,10 +37,16 @@ class Interrupted(TemperError):
     exit_code = 130
 
 
+def one_line(text: str) -> str:
+    """Text as one printable line: a name from a file can neither break the sentence nor steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that offers the closest known names: "did you mean 'a' or 'b'?", or the list when nothing is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:2]
+    word = [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:2]  # the right name in the wrong room
+    close = word or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "known: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")

@@ -105,7 +105,10 @@ def get(name: str, field: str = "part") -> type:
     if name not in known:
         raise UserError(field, name, f"no such part; {nearest(name, known)}")
     module, _, attribute = known[name].partition(":")
-    cls = getattr(importlib.import_module(module), attribute)
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as problem:
+        raise UserError(field, name, f"{known[name]} could not be loaded ({problem}); install what it needs, or remove the package") from problem
     if getattr(cls, "part_name", None) != name:
         raise UserError(field, name, f"{known[name]} does not register it; write @part({name!r}) above the class")
     return cls
@@ -127,9 +130,10 @@ def brief() -> dict[str, dict[str, Any]]:
 def _text_of(module: str) -> str:
     import importlib.util
 
-    here = METHODS.parent / Path(*module.split(".")[1:]).with_suffix(".py")
-    if module.startswith("temperament.") and here.exists():
-        return here.read_text(encoding="utf-8")
+    if module.startswith("temperament."):  # (finding a module's spec would import its packages)
+        here = METHODS.parent / Path(*module.split(".")[1:]).with_suffix(".py")
+        if here.exists():
+            return here.read_text(encoding="utf-8")
     try:
         found = importlib.util.find_spec(module)
         return Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
@@ -167,7 +171,7 @@ def option_help(cls: type) -> dict[str, str]:
 def _shown(hint: Any) -> str:
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint.__name__
-    return re.sub(r"\b(?:typing|temperament\.protocols|collections\.abc)\.", "", str(hint)).replace("NoneType", "None")
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", str(hint)).replace("NoneType", "None")
 
 
 # ---- building --------------------------------------------------------------------------------------------------------------
@@ -192,18 +196,19 @@ def build(value: Any, slot: Any = None, field: str = "part") -> Any:
         _fits_room(name, slot, field)
     cls = get(name, field)
     _fits(cls, slot, field)
-    return fill(cls, options, f"{field}.{name}", scheduled=getattr(slot, "scheduled", False))
+    return fill(cls, options, f"{field}.{name}", getattr(cls, "scheduled", getattr(slot, "scheduled", False)))
 
 
-def fill(cls: type, options: Any, field: str, scheduled: bool = False) -> Any:
-    """The dataclass `cls` from a mapping of its options: unknown keys, wrong types and missing values are refused by name."""
+def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] = False) -> Any:
+    """The dataclass `cls` from a mapping of its options: unknown keys, wrong types and missing values are refused by name.
+    scheduled: may its numbers be schedules? All, none, or those of these names."""
     if not isinstance(options, Mapping):
         raise UserError(field, options, f"give a mapping of options ({', '.join(list(_named_hints(cls))[:8])})")
     hints, filled = _named_hints(cls), {}
     for key, given in options.items():
         if key not in hints:
-            raise UserError(f"{field}.{key}".lstrip("."), given, f"no such key; {nearest(str(key), hints)}")
-        filled[key] = coerce(given, hints[key][1], f"{field}.{key}".lstrip("."), scheduled)
+            raise UserError(_under(field, key), given, f"no such key; {nearest(str(key), hints)}")
+        filled[key] = coerce(given, hints[key][1], _under(field, key), scheduled if isinstance(scheduled, bool) else key in scheduled)
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
             raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
@@ -211,6 +216,12 @@ def fill(cls: type, options: Any, field: str, scheduled: bool = False) -> Any:
         return cls(**filled)
     except (ValueError, TypeError) as problem:
         raise UserError(field or "recipe", plain(dict(options)), str(problem).rstrip(".")) from None
+
+
+def _under(field: str, key: Any) -> str:
+    """How a sentence names a key that may be anything."""
+    plainly = isinstance(key, str) and re.fullmatch(r"[\w.-]{1,60}", key)
+    return f"{field}.{key}".lstrip(".") if plainly else f"{field or 'recipe'}[{str(key)[:60]!r}]"
 
 
 def _named_hints(cls: type) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,10 @@
 A protocol names the `rooms` whose parts may fill it and the methods they `must` have; everything else a part may add is
 *optional* and looked up by name, so a method states only what it needs. Nothing here imports torch.
 
+Of any room, optional: `inputs`, names of earlier steps whose artefacts the part reads (`ctx.delta(name)`, `ctx.artefacts[name]`): the
+recipe is refused where there is no such step before it, and the part's own step is done anew when theirs changed; `fingerprint()` of the
+files it reads, to the same end.
+
 How a train step meets them, in order:
 
     source.open(ctx) -> stream                    stream.batch(k) -> whole effective batch(es), the same on every process
@@ -96,15 +100,27 @@ class Schedule(Protocol):
 
 
 class Trainable(Protocol):
-    """What is updated. `build(base, ctx)` returns a `Live` (train/live.py) on the base's modules, already attached.
+    """What is updated. `build(base, ctx)` returns a `Trained` (train/live.py) on the base's modules; the runner attaches it.
 
-    Optional: `prepare(live, batches)` a pass over data before training, cached and resumable.
+    Optional: `prepare(base, ctx, batches) -> {name: tensor}`, a pass over the data that training will see, before anything is
+    built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the part is
+    built (empty where nobody looked: the exactness check builds without).
     """
 
     rooms: ClassVar = ("select", "adapters")
     must: ClassVar = ("build",)
 
     def build(self, base: Any, ctx: Any) -> Any: ...
+
+
+class Start(Protocol):
+    """How a low-rank adapter begins at a place: `factors(place, rank, prepared, seed) -> (A, B)`, or None where it gets no adapter.
+
+    Optional: `prepare(base, ctx, batches, places, rank) -> {name: tensor}`, given back as `prepared`; without it `prepared` is empty.
+    """
+
+    rooms: ClassVar = ("adapters.init",)
+    must: ClassVar = ("factors",)
 
 
 class Objective(Protocol):
@@ -139,17 +155,18 @@ class Optimizer(Protocol):
 
     rooms: ClassVar = ("optim",)
     must: ClassVar = ("build", "lr")
-    scheduled: ClassVar = True
+    scheduled: ClassVar = ("lr",)
 
 
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
-    batch of all processes. `yields`: kinds of batch. Optional on the stream: `steps_per_epoch`, `feedback(batch, trace)`,
-    `state_dict()`/`load_state_dict()` (only for what is not a function of the step)."""
+    batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream: `steps_per_epoch`,
+    `feedback(batches, row) -> more of the row` (what the log shall say), `state_dict() -> {"tensors": ..., "json": ...}` and
+    `load_state_dict` (only for what is not a function of the step: a buffer, texts sampled earlier). A part that reads numbers anew
+    at each step names them: `scheduled: ClassVar = ("temperature",)`."""
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")
-    scheduled: ClassVar = True
 
 
 class Examples(Protocol):

@@ -48,12 +48,12 @@ def run(base, **options):
 def test_law_holds(name, trainable):
     laws, _ = run(base_of(name), trainable=[trainable])
     assert {*GRADIENT, *VERSIONS} <= laws.keys()
-    # What a loss of a few rows can show was asked, not waved through.
+    # Asked, not waved through; and to 1e-5, whatever the noise of this gradient.
     for asked in ("rows together = one by one", "padding", "streamed = plain loss"):
-        assert laws[asked].tolerance == 1e-5, laws[asked]
+        assert laws[asked].tolerance >= 1e-5 >= laws[asked].deviation, laws[asked]
     assert laws["off = base"].deviation == 0 and laws["start = base"].deviation == 0
     if forward.can_pack(base_of(name).model):
-        assert laws["packed = one by one"].tolerance == 1e-5
+        assert laws["packed = one by one"].tolerance >= 1e-5 >= laws["packed = one by one"].deviation
 
 
 OBJECTIVES = {
@@ -74,7 +74,7 @@ def test_law_holds_for_objectives(which, trainable):
     laws, _ = run(
         base_of("llama_tied"), source=source, objective=objective, regularizers=regularizers, trainable=trainable, batch=8
     )
-    assert laws["rows together = one by one"].tolerance == 1e-5
+    assert laws["rows together = one by one"].tolerance >= 1e-5 >= laws["rows together = one by one"].deviation
 
 
 def test_checkpointing_and_bf16_are_measured_too():

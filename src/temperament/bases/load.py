@@ -198,7 +198,16 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
     except Exception as problem:
         if folder is not None and (folder / "tokenizer.json").exists():
             raise UserError(field, spec, f"its tokenizer could not be read ({str(problem).strip().splitlines()[0][:160]})") from None
-    return Base(spec, {component: model}, processors, folder)
+    return Base(spec, {component: model}, processors, folder, _identity(source, folder, component))
+
+
+def _identity(source: str, folder: Path | None, component: str) -> dict[str, str]:
+    """Who a base is: the sha256 of its weights as they are stored, so that it is the same base in whatever precision it is loaded."""
+    if folder is None:
+        from transformers.utils import cached_file
+
+        folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
+    return identity(folder, component)
 
 
 def _model_class(config: Any, transformers: Any) -> tuple[type, str]:

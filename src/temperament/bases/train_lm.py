@@ -27,8 +27,8 @@ log = logging.getLogger("temperament.train_lm")
 
 MIXTURE = {
     "add": 5, "subtract": 5, "compare": 2, "add-steps": 6, "multiply": 5, "story": 7, "add3": 2, "workout": 3,
-    "copy": 3, "reverse": 4, "sort": 5, "rotate": 3, "upper": 2, "count": 5, "stack": 6, "sort-long": 0.5,
-    "keys": 4, "notes": 9, "boxes": 13, "people": 9, "places": 5, "text": 5,
+    "copy": 6, "reverse": 5, "sort": 5, "rotate": 4, "upper": 2, "count": 5, "stack": 6, "sort-long": 0.5,
+    "keys": 12, "notes": 10, "boxes": 13, "people": 9, "places": 5, "text": 5,
 }  # fmt: skip
 FORMATS = {
     "chat": 4, "json": 5, "list": 4, "capitals": 5, "sentence": 3, "yes-no": 3, "judge": 5, "tool": 3, "chat-steps": 3,
@@ -62,7 +62,7 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=4800, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=5600, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
     "lm-instruct": Plan(

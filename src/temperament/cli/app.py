@@ -216,14 +216,13 @@ def _calm() -> None:
 
 
 def _ended(problem: TemperError, say: Say, loud: bool, cause: BaseException | None = None) -> int:
-    """One sentence, and the exit code. Of several processes the main one speaks, and any that met what nobody foresaw."""
-    if say.main or cause is not None:
-        if loud:
-            import traceback
+    """One sentence, and the exit code. Of several processes each says which one it is."""
+    if loud:
+        import traceback
 
-            traceback.print_exception(cause or problem, file=sys.stderr)
-        if say.json and say.main:
-            rest = {k: getattr(problem, k, None) for k in ("field", "value", "mend")}
-            say.print(json.dumps({"error": str(problem), **rest}, ensure_ascii=False, default=str))
-        say.error(str(problem))
+        traceback.print_exception(cause or problem, file=sys.stderr)
+    if say.json and say.main:
+        rest = {k: getattr(problem, k, None) for k in ("field", "value", "mend")}
+        say.print(json.dumps({"error": str(problem), **rest}, ensure_ascii=False, default=str))
+    say.error(str(problem) if say.main else f"process {os.environ['RANK']}: {problem}")
     return problem.exit_code

@@ -17,6 +17,7 @@ from temperament.cli.say import Say
 
 OPTIONS = (
     Opt("id", "a paper's number, as in the list", "ID", shown="the list"),
+    Opt("--all", "run every claim that has not been run"),
     Opt("--list", "list all claims and what came of them"),
     Opt("--out", "folder the runs are kept in", "DIR"),
     Opt("--quiet", "no progress, only the result"),
@@ -27,9 +28,11 @@ def run(a: Any, say: Say) -> Any:
     from temperament import api
     from temperament.cli.live import Live
 
-    if a.list or a.id is None:
+    if a.list or (a.id is None and not a.all):
         return api.claim()
     with Live(say) as tell:
+        if a.all:
+            return [api.claim(c["paper"], out=a.out, tell=tell) if c["status"] == "not-run" else c for c in api.claim()]
         return api.claim(a.id, out=a.out, tell=tell)
 
 

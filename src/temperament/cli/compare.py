@@ -54,14 +54,31 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from temperament.cli.views import duration, percent, place, signed
 
     say.out.print()
-    rows = []
-    for arm in data["arms"]:
+    rows, arms = [], data["finding"]["arms"]
+    for arm in arms:
         mark = "●" if arm["front"] else " "
         reached = "" if arm["reached"] else "did not reach the level"
-        near = signed(-arm["near_loss"]) if arm.get("near_loss") is not None else "–"
-        rows.append([Text(f"{mark} {arm['name']}", "bold" if arm["front"] else ""), percent(arm["target"]), signed(arm["gain"]), signed(-arm["loss"]) if arm["loss"] is not None else "–",
-                     near, f"{arm['steps']:.0f}", duration(arm["seconds"]), Text(reached, "yellow")])  # fmt: skip
-    say.table(["method", "target", "gain", "retained", "near skills", "steps", "time", ""], rows, right=(1, 2, 3, 4, 5, 6))
-    seeds = len(data["seeds"])
+        loss = signed(-arm["loss"]) if arm["loss"] is not None else "–"
+        rows.append([Text(f"{mark} {arm['name']}", "bold" if arm["front"] else ""), percent(arm["target"]), bars(arm), signed(arm["gain"]), loss,
+                     f"{arm['steps']:.0f}", duration(arm["seconds"]), Text(reached, "yellow")])  # fmt: skip
+    say.table(["method", "target", "lost ◀  ▶ gained", "gain", "retained", "steps", "time", ""], rows, right=(1, 3, 4, 5, 6))
+    seeds = len(data["finding"]["seeds"])
     say.out.print(f"[dim]● nothing else gains as much and loses less. Changes in percentage points, mean of {seeds} seed{'s' if seeds > 1 else ''}.[/dim]\n")
+    if dial := data.get("dial"):
+        best = dial["best"]
+        shape = "" if best["shape"] == "merge.linear" else f" shaped by {best['shape']}"
+        say.out.print(
+            f"The dial of {data['chosen']}: to lose at most {dial['budget']:g} points, use strength {best['strength']:g}{shape}: "
+            f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points.\n", highlight=False,
+        )  # fmt: skip
     place("runs", data["out"], say)
+    place("report", f"{data['out']}/report.html", say)
+
+
+def bars(arm: dict[str, Any], width: int = 12) -> Any:
+    """Loss to the left, gain to the right, a cell for 100 / width points."""
+    from rich.text import Text
+
+    cells = lambda points: min(round(abs(points or 0.0) / 100 * width), width)
+    lost, gained = cells(max(arm["loss"] or 0.0, 0.0)), cells(max(arm["gain"], 0.0))
+    return Text.assemble(" " * (width - lost), ("▓" * lost, "red"), "│", ("█" * gained, "green"), " " * (width - gained))

@@ -2,7 +2,7 @@
 
     temper eval lab/lm --suite lab
     temper eval runs/first --suite test.jsonl --suite keep
-    temper eval models/mine --suite '{evaluate.file: {path: test.jsonl, rows: all, contains: true}}' --items 500
+    temper eval models/mine --suite '{evaluate.lab: {target: sort}}' --items 500
 
 MODEL is a lab base, a folder, a Hugging Face id, a run or an adapter. A suite is a part of the room evaluate (`temper parts --room
 evaluate`), with options if need be, or a file of test rows. A run or an adapter is measured before and after: the ledger is shown.

@@ -14,7 +14,7 @@ from typing import Any
 from temperament.cli.say import Say
 
 EVERY = 10.0  # seconds between two plain lines
-SHOWN = 6  # skills on one line
+SHOWN = 6  # skills of a look while training
 
 
 class Live(AbstractContextManager):
@@ -82,9 +82,7 @@ class Live(AbstractContextManager):
         seconds = time.monotonic() - self.began
         means = {name: r for name, r in results.items() if r.mean is not None}
         for i, (role, found) in enumerate(_by_role(means)):
-            told = [skill_text(r, None if first else self.base.get(name)) for name, r in found]
-            rest = len(told) - SHOWN
-            text = "   ".join(told[:SHOWN]) + (f"   and {rest} more" if rest > 0 else "")
+            text = _skills_line(found, {} if first else self.base, max(self.say.err.width - 24, 40))
             took = "" if i else ("  (measured before)" if cached else f"  ({duration(seconds)})" if first else "")
             self.line(("before" if row == "base" else row) if first and i == 0 else "", f"{role.ljust(8)}  {text}{took}")
         self.base = self.base or means
@@ -96,7 +94,7 @@ class Live(AbstractContextManager):
         left = (total - step) / rate if rate else 0.0
         worth = {k: v for k, v in terms.items() if k.rpartition("/")[2] in ("reward", "accuracy", "kl") and isinstance(v, float)}
         numbers = "  ".join([f"loss {loss:.3f}", *(f"{k} {v:.3f}" for k, v in worth.items())])
-        tail = f"{rate_text(rate)}  {duration(left)} left  {numbers}"
+        tail = f"{rate_text(rate)}  {f'{duration(left)} left  ' if step < total else ''}{numbers}"
         if self.say.err.is_terminal:
             self._moving(name, tail, total, step)
         elif time.monotonic() - self.printed > EVERY or step in (1, total):
@@ -114,7 +112,8 @@ class Live(AbstractContextManager):
         self.line(name, "unchanged, taken from before" if cached else f"done in {duration(seconds)}")
 
     def on_dial(self, point: dict[str, Any], **_: Any) -> None:
-        self._moving("dial", f"{point['shape'].removeprefix('merge.')} at {point['strength']:g}", None)
+        self._moving("dial", f"{point['shape'].removeprefix('merge.')} at {point['strength']:g}: "
+                     f"target {100 * point['target']:.0f} %, retained {point['retained_change']:+.1f} points", None)
 
     # ---- lines and the bar ------------------------------------------------------------------------------------------------
 
@@ -163,6 +162,26 @@ def _by_role(results: dict[str, Any]) -> Iterable[tuple[str, list]]:
     for role in ("target", "retained", "other"):
         if found := [(n, r) for n, r in results.items() if r.role == role]:
             yield role, found
+
+
+def _skills_line(found: list[tuple[str, Any]], before: dict[str, Any], room: int) -> str:
+    """Skills by name where they fit; of many, their mean and those that moved most, or stand lowest."""
+    whole = "   ".join(skill_text(r, before.get(n)) for n, r in found)
+    points = [(n, r) for n, r in found if r.shown_unit == "points"]
+    if len(whole) <= room or not points:
+        return whole
+    level = lambda rows: f"{100 * sum(r.mean for r in rows) / len(rows):.0f}"
+    was = [before[n] for n, _ in points if n in before and before[n].mean is not None]
+    mean = f"{level(was)} → " if len(was) == len(points) and level(was) != level([r for _, r in points]) else ""
+    text = f"{len(points)} skills, mean {mean}{level([r for _, r in points])} %"
+    rank = (lambda p: -abs(p[1].mean - before[p[0]].mean)) if was and len(was) == len(points) else (lambda p: p[1].mean)
+    said = "; most changed: " if was else "; lowest: "
+    for n, r in sorted(points, key=rank):
+        more = said + skill_text(r, before.get(n))
+        if len(text) + len(more) > room:
+            break
+        text, said = text + more, "   "
+    return text
 
 
 def skill_text(result: Any, before: Any = None) -> str:

@@ -64,7 +64,27 @@ def console(stream: Any) -> Console:
     from rich.console import Console
 
     tty = bool(getattr(stream, "isatty", bool)())
-    made = Console(file=stream, highlight=False, emoji=False, markup=True, soft_wrap=False, width=None if tty else 160)
+    made = Console(file=stream if tty else _Trimmed(stream), highlight=False, emoji=False, markup=True, soft_wrap=False, width=None if tty else 160)
     if tty and made.width > WIDEST:
         made = Console(file=stream, highlight=False, emoji=False, width=WIDEST)
     return made
+
+
+class _Trimmed:
+    """A stream without the blanks that fill lines up: a file or a pipe has no width."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.held = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.held = (self.held + text).split("\n")
+        self.stream.write("".join(line.rstrip(" ") + "\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.write(self.held)
+        self.held = ""
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return False

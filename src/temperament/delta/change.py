@@ -199,6 +199,17 @@ class Sparse(Change, kind="sparse"):
         return wide(flat).index_add(0, at, wide(self.values)).view(self.shape)
 
     @staticmethod
+    def changed(old: Tensor, new: Tensor) -> Sparse:
+        """The entries in which `new` differs from `old`, with their new values: exact."""
+        return Sparse.at(new, (old != new).reshape(-1).nonzero().squeeze(1))
+
+    @staticmethod
+    def at(weight: Tensor, positions: Tensor) -> Sparse:
+        """The weight's own values at these flat positions."""
+        dtype = torch.int32 if weight.numel() < 2**31 else torch.int64
+        return Sparse(positions.to(dtype), weight.reshape(-1)[positions.long()].clone(), tuple(weight.shape), new=True)
+
+    @staticmethod
     def of(difference: Tensor) -> Sparse:
         """The nonzero entries of a dense difference."""
         at = difference.reshape(-1).nonzero().squeeze(1)

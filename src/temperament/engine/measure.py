@@ -19,7 +19,7 @@ from temperament.engine.encode import encode
 from temperament.engine.examples import Completion, Prompt, Text
 from temperament.engine.tokens import Sampling, generate
 from temperament.nn.batch import Tokens
-from temperament.nn.logprobs import best, kl, label, score
+from temperament.nn.logprobs import Reducer, Slice, best, kl, label, score
 from temperament.protocols import Outcome
 
 
@@ -29,7 +29,7 @@ class System:
     hooks: Sequence[Any] = ()
     batch: int = 64
     seed: int = 0
-    reference: bool = True  # also measure KL to the pure base
+    graded: bool = True  # also measure what scores do not need: the likelihood of answers, the divergence from the pure base
     model: Any = None  # a View to measure instead of the live base
 
     @property
@@ -80,10 +80,11 @@ class TextSkill:
 
     def measure(self, system: System) -> list[Outcome]:
         asked, tok = self.questions, system.tokenizer
-        # The answer is what training would train, with the token that ends it; the prompt is what a user's question becomes.
-        pairs = [encode(Text(q.expected) if q.prompt == "" else Completion(q.prompt, said(q)), tok, **self.encoding).split for q in asked]
-        got = likelihood(pairs, system)
-        outputs = [""] * len(asked)
+        outputs, got = [""] * len(asked), dict.fromkeys(("nll", "kl"), [None] * len(asked))
+        if self.metric == "nll" or system.graded:
+            # The answer is what training would train, with the token that ends it; the prompt is what a user's question becomes.
+            answered = [encode(Text(q.expected) if q.prompt == "" else Completion(q.prompt, said(q)), tok, **self.encoding) for q in asked]
+            got = likelihood([e.split for e in answered], system)
         if self.metric != "nll":
             outputs = self._answers([encode(Prompt(q.prompt), tok, **self.encoding).ids for q in asked], system)
         out = []
@@ -110,22 +111,36 @@ def said(q: Question) -> str | list[dict]:
     return q.expected if isinstance(q.prompt, str) else [{"role": "assistant", "content": q.expected}]
 
 
+@dataclass(frozen=True, eq=False)
+class same_choice(Reducer):
+    """1 where the model's first choice is the other's, else 0."""
+
+    other: Any
+    name: str = "agree"
+
+    def __call__(self, s: Slice) -> torch.Tensor:
+        return (s.logits.argmax(-1) == s.others[id(self.other)].argmax(-1)).float()
+
+
 @torch.no_grad()
-def likelihood(pairs: list[tuple[list[int], list[int]]], system: System) -> dict[str, list]:
-    """For each (prompt, answer), over the answer's tokens: "nll" mean nats; "kl" mean KL(base || model), nats, and "agree" share of
-    tokens where base and model have the same first choice (both None without a reference); "choice" the model's first choices."""
-    pure = Pure(system.base) if system.reference else None
+def likelihood(pairs: list[tuple[list[int], list[int]]], system: System, choices: bool = False) -> dict[str, list]:
+    """For each (prompt, answer), over the answer's tokens: "nll" mean nats; "kl" mean KL(base || model) in nats and "agree" share of tokens
+    where base and model have the same first choice (None unless the system is graded or choices are asked); "choice" the model's own."""
+    compare = system.graded or choices
+    untouched = system.model is None and not system.base.originals  # the pure base itself: it agrees, and KL is 0
+    pure = Pure(system.base) if compare and not untouched else None
     out: dict[str, list] = {"nll": [], "kl": [], "agree": [], "choice": []}
     for start in range(0, len(pairs), system.batch):
         tokens = collate(pairs[start : start + system.batch]).to(next(system.base.model.parameters()).device)
-        got = score(system.subject, tokens, label(), best(1), *([kl(pure)] if pure else []))
-        count, choice = tokens.weights.sum(1).clamp(min=1), got["best_ids"][..., 0]
+        got = score(system.subject, tokens, label(), *([best(1)] if choices else []), *([kl(pure), same_choice(pure)] if pure else []))
+        count = tokens.weights.sum(1).clamp(min=1)
         mean = lambda v: ((v * tokens.weights).sum(1) / count).tolist()
         out["nll"] += [-v for v in mean(got["label"])]
-        out["choice"] += [row[w > 0].tolist() for row, w in zip(choice, tokens.weights, strict=True)]
-        theirs = score(pure, tokens, best(1))["best_ids"][..., 0] if pure else None
-        out["agree"] += mean((choice == theirs).float()) if pure else [None] * len(tokens)
-        out["kl"] += [max(v, 0.0) for v in mean(got["kl"])] if pure else [None] * len(tokens)
+        if choices:
+            out["choice"] += [row[w > 0].tolist() for row, w in zip(got["best_ids"][..., 0], tokens.weights, strict=True)]
+        nothing = [None] * len(tokens) if not compare else None
+        out["agree"] += mean(got["agree"]) if pure else nothing or [1.0] * len(tokens)
+        out["kl"] += [max(v, 0.0) for v in mean(got["kl"])] if pure else nothing or [0.0] * len(tokens)
     return out
 
 

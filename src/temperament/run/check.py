@@ -26,6 +26,7 @@ from torch import nn
 from temperament import parts
 from temperament.bases.load import Base
 from temperament.errors import TemperError, UserError
+from temperament.nn import logprobs
 from temperament.nn.batch import Batch, Rollout
 from temperament.protocols import Progress
 from temperament.run import laws
@@ -57,10 +58,10 @@ def check(recipe: Recipe, base: Base, world: World) -> dict[str, Any]:
         try:
             found, exempt = check_step(step, base, world, recipe)
         except TemperError as problem:
-            if not built:
+            if not built and not any(getattr(p, "inputs", ()) for p in _parts(spec)):
                 raise
-            # Its rows are made by a build step that has not run yet.
-            found, exempt = [], [f"not checked before its data are made ({problem})"]
+            # Its rows, or what its parts read, are made by a step that has not run yet.
+            found, exempt = [], [f"not checked before the steps it reads are done ({problem})"]
         out.append({"name": step.name, "laws": [law.to_json() for law in found], "exempt": exempt})
         for law in found:
             if not law.ok:
@@ -127,19 +128,30 @@ def _player_laws(
 ) -> Iterator[Law]:
     packs = any(t.packed for t in token_fields(batch))
     rows = few(batch, ROWS)
-    if isinstance(rows, Rollout):  # rewards that are all alike would teach nothing: a law needs a gradient
-        rows = replace(rows, rewards=torch.arange(len(rows)) % 2 * 1.0, group=torch.zeros(len(rows), dtype=torch.long))
     declared = [d for p in (objective, *player.regularizers) for d in getattr(p, "part_declares", ())]
     split = coupled or next(
         (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
     )
     tokens = next(iter(token_fields(rows)), None)
     with laws.perturbed(player, seed):
+        rows = _unlike(rows, player) if isinstance(rows, Rollout) else rows
         yield from laws.gradient_laws(player, objective, rows, tolerance, packs, split)
         if spec.checkpointing:
             yield _recomputed(player, objective, rows, tolerance)
         if tokens is not None and before is not None:
-            yield from laws.version_laws(player, tokens.to(player.views.world.device), before, ties, max(tolerance, 1e-5))
+            yield from laws.version_laws(player, tokens.to(player.views.world.device), before, ties, 5 * max(tolerance, 1e-5))
+
+
+def _unlike(rows: Rollout, player: Player) -> Rollout:
+    """One group of responses that differ, half of them rewarded, sampled by a policy near this one: a sure policy samples the
+    same again and again, and responses that are alike cancel, which would leave no gradient to compare."""
+    first = (rows.tokens.weights != 0).float().cumsum(1).eq(1) & (rows.tokens.weights != 0)
+    odd = torch.arange(len(rows))[:, None] % 2 == 1
+    ids = torch.where(first & odd, torch.where(rows.tokens.ids > 0, rows.tokens.ids - 1, 1), rows.tokens.ids)
+    rows = replace(rows, tokens=replace(rows.tokens, ids=ids), group=torch.zeros(len(rows), dtype=torch.long))
+    rows = replace(rows, rewards=odd[:, 0].float())
+    near = player.views.precompute("live", rows, lambda model, r: logprobs.score(model, r.tokens)["label"])
+    return replace(rows, behaviour=near - 0.05)
 
 
 def _recomputed(player: Player, objective: Any, rows: Batch, tolerance: float) -> Law:

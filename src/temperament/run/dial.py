@@ -65,7 +65,7 @@ class _Some:
         self.retained = [s.name for s in self.skills if s.role == "retained" and not s.how.get("unit")]
 
     def values(self) -> dict[str, float]:
-        system, out = self.all.system(reference=True), {}
+        system, out = self.all.system(graded=False), {}
         for s in self.skills:
             scores = [o.score for o in s.measure(system) if o.score is not None]
             out[s.name] = sum(scores) / max(len(scores), 1)

@@ -74,7 +74,7 @@ def suite(given: Any) -> Any:
         elif f"evaluate.{given}" in parts.index():
             given = f"evaluate.{given}"
         elif given not in parts.index() and Path(given).exists():
-            given = {"evaluate.file": {"path": given, "rows": "all", "role": "other"}}
+            given = {"evaluate.file": {"data": {"data.file": {"path": given, "holdout": 0.0}}, "rows": "all"}}
         elif given not in parts.index():
             known = [n.removeprefix("evaluate.") for n in parts.names("evaluate")]
             raise UserError("--suite", given, f"neither a suite nor a file; {nearest(given.removeprefix('evaluate.'), known)}")

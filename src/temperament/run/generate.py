@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from temperament.bases.load import Base
-from temperament.engine.measure import prompt_ids
+from temperament.engine.encode import encode
+from temperament.engine.examples import Prompt
 from temperament.engine.tokens import Sampling
 from temperament.engine.tokens import generate as sample
 from temperament.errors import UserError
@@ -39,7 +40,7 @@ def generate(
     base = subject(model, device)
     tokenizer = needs_tokenizer(base)
     sampling = Sampling(max_new=max_new, temperature=(1.0 if n > 1 else 0.0) if temperature is None else temperature, top_p=top_p, top_k=top_k, stops=tuple(stop))
-    ids = [prompt_ids(p, tokenizer) for p in prompts for _ in range(n)]
+    ids = [row for p in prompts for row in [encode(Prompt(p), tokenizer).ids] * n]
     for p, row in zip(prompts, ids[::n], strict=True):
         if not row:
             raise UserError("--prompt", p, "it has no tokens and this tokenizer no start token; give some text")

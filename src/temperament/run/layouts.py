@@ -102,5 +102,3 @@ def room(model: nn.Module, batch: Batch, wish: int) -> int:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     length = max((t.ids.shape[1] for t in token_fields(batch)), default=0)
     return wish if not isinstance(limit, int) or limit <= 0 else max(min(wish, limit - length), 0)
-
-

@@ -194,7 +194,4 @@ def _line(text: str, note: str, lines: list[str]) -> None:
 
 def scalar(value: Any) -> str:
     """One value on one line of YAML."""
-    if isinstance(value, float):
-        text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
-        return text if "e" in text or "." in text or not text.lstrip("-").isdigit() else text + ".0"
     return yaml.safe_dump(parts.plain(value), default_flow_style=True, width=10_000, allow_unicode=True).strip().removesuffix("\n...").strip()

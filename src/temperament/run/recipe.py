@@ -122,6 +122,11 @@ class Rounds:
     start: Literal["previous", "base", "start"] = "previous"  # version each round begins from; start: as before the first round
     until: Until | None = None  # stop rule, looked at after each round
 
+    def __post_init__(self):
+        names = [s.name or s.kind for s in self.steps]
+        if self.times < 0 or len(set(names)) < len(names) or any("/" in n for n in names):
+            raise ValueError(f"times must not be negative, and the steps of a round need unlike names without '/', not {names}")
+
 
 @dataclass(frozen=True)
 class ForEach:
@@ -155,7 +160,7 @@ class Step:
         given = [k for k in self.KINDS if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"a step is exactly one of {', '.join(self.KINDS)}; this one is {' and '.join(given) or 'none'}")
-        if self.name and not NAME.fullmatch(self.name):
+        if self.name and not all(NAME.fullmatch(word) for word in self.name.split("/")):  # rounds join names: spin/2/pairs
             raise ValueError(f"the step name {self.name!r} becomes a folder; use letters, digits, '_', '-', '.' (at most 64)")
 
     @property
@@ -225,13 +230,30 @@ def _named(recipe: Recipe) -> Recipe:
     steps, seen = [], set()
     for i, step in enumerate(recipe.steps):
         name = step.name or f"{step.kind}-{i + 1}"
+        if "/" in name:
+            raise UserError(f"steps[{i}].name", name, "the step name becomes a folder; use letters, digits, '_', '-', '.'")
         if name in seen or name in ("base", "previous", "start"):
             raise UserError(f"steps[{i}].name", name, "already taken; give each step its own name")
         seen.add(name)
         if step.start not in ("previous", "base", *(s.name for s in steps)):
             raise UserError(f"steps[{i}].start", step.start, f"not a step before this one; {nearest(step.start, ['previous', 'base', *(s.name for s in steps)])}")
+        _readable(step, name, {s.name for s in steps})
         steps.append(replace(step, name=name))
     return replace(recipe, steps=steps)
+
+
+def _readable(step: Step, name: str, before: set[str]) -> None:
+    """Every step that a part reads (its `inputs`) stands before it, outside or in the same round."""
+    from temperament.run.artefacts import walk_all
+
+    for inner in step.rounds.steps if step.rounds else ():
+        _readable(inner, f"{name}/{inner.name or inner.kind}", before)
+        before = {*before, inner.name or inner.kind}
+    for spec in (step.train, step.build):
+        for p in walk_all(spec) if spec else ():
+            for read in getattr(p, "inputs", ()):
+                if read not in before:
+                    raise UserError(f"{name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -245,6 +267,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"the key in line {key.start_mark.line + 1} is a list or a mapping; a key is a word")
             if key.value in seen:
                 raise yaml.YAMLError(f"the key {key.value!r} stands twice, in line {key.start_mark.line + 1}")
             seen.add(key.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from temperament.bases.load import Base
-from temperament.delta import Change, Delta, LowRank, Replace
+from temperament.delta import Change, Delta, LowRank, Replace, Sparse
 from temperament.delta.combined import add
 
 
@@ -33,7 +33,7 @@ def place_on(base: Base, state: State) -> Base:
 @torch.no_grad()
 def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
     """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for tensors the
-    step trained in place. Low-rank on low-rank stays low-rank; where a step replaced or composed a tensor, the tensor is kept."""
+    step trained in place. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or composed a tensor, the tensor is kept."""
     if before is None:
         return step
     known = dict(base.parameters())
@@ -47,5 +47,7 @@ def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
         elif isinstance(change, Replace):
             changes[name] = change
         else:
-            changes[name] = Replace(change.apply(old.scaled(before.strength).apply(base.originals.get(name, known[name].detach()))))
+            whole = change.apply(old.scaled(before.strength).apply(base.originals.get(name, known[name].detach())))
+            sparse = isinstance(old, Sparse) and isinstance(change, Sparse)
+            changes[name] = Sparse.at(whole, torch.cat([old.indices, change.indices]).unique()) if sparse else Replace(whole)
     return Delta(changes, {**before.additions, **step.additions}, {**before.buffers, **step.buffers}, base=before.base or step.base)

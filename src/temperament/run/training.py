@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from temperament.delta import Delta
 from temperament.errors import Interrupted, UserError
+from temperament.nn.batch import Batch
 from temperament.nn.context import checkpointing
+from temperament.protocols import Progress
 from temperament.run.artefacts import Folder
 from temperament.run.recipe import Train
 from temperament.train import checkpoint
@@ -56,19 +61,16 @@ def quiet_training(component: nn.Module) -> None:
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
     """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
-    live = Live(ctx.base, [t.build(ctx.base, ctx) for t in spec.trainable])
+    live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare))
     if not live.params:
         raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
-    for part, trained in zip(spec.trainable, live.parts, strict=True):
-        if prepare and hasattr(part, "prepare"):
-            part.prepare(live, trained, ctx)
     others: dict[str, Live] = {}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
     ctx.live, ctx.views = live, views
     objectives = spec.objective if isinstance(spec.objective, dict) else dict.fromkeys(spec.objective.batch, spec.objective)
     players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx)]
     for name, more in spec.players.items():
-        own = Live(ctx.base, [t.build(ctx.base, ctx) for t in more.trainable]) if more.trainable else live
+        own = Live(ctx.base, _built(more.trainable, name, spec, ctx, prepare)) if more.trainable else live
         others[name] = own
         its = _player(name, own, more.optimizer, more.objective, more.regularizers, Views(own, ctx.world, spec.micro, ctx.seed, others), spec, ctx)
         its.every, its.from_step = more.every, more.from_step
@@ -76,8 +78,43 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
     return players
 
 
+def _built(trainables: list[Any], whose: str, spec: Train, ctx: Context, prepare: bool) -> list[Any]:
+    """Each trainable on the base, after its look at the data."""
+    made = []
+    for i, part in enumerate(trainables):
+        ctx.prepared = prepared(part, f"{whose}-{i}", spec, ctx) if prepare and hasattr(part, "prepare") else {}
+        made.append(part.build(ctx.base, ctx))
+    ctx.prepared = {}
+    return made
+
+
+def prepared(part: Any, slot: str, spec: Train, ctx: Context) -> dict[str, Tensor]:
+    """What a part learns from the data before training; kept in the step's folder under the step's key, so it looks once."""
+    kept = ctx.folder / f"prepared-{slot}.safetensors" if ctx.folder is not None else None
+    if kept is not None and kept.exists():
+        with safe_open(kept, "pt") as f:
+            if f.metadata().get("key") == ctx.key:
+                return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    found = part.prepare(ctx.base, ctx, _batches(spec, ctx))
+    if kept is not None and found and ctx.world.main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().cpu().contiguous() for n, t in found.items()}, part_file := kept.with_suffix(".part"), {"key": ctx.key})
+        os.replace(part_file, kept)
+    return found
+
+
+def _batches(spec: Train, ctx: Context) -> Iterator[Batch]:
+    """What training will see, batch by batch, with the model as the step found it; opened when the first is asked for."""
+    still = Live(ctx.base, [])
+    stream = spec.source.open(replace(ctx, live=still, views=Views(still, ctx.world, spec.micro, ctx.seed)))
+    total = steps_of(spec, stream)
+    for step in range(total):
+        got = stream.batch(step, Progress(step, total))
+        yield from got if isinstance(got, list) else [got]
+
+
 def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context) -> Player:
-    needs = {n for p in [*objectives.values(), *regularizers] for n in getattr(p, "needs", ())}
+    needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
     if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):
@@ -112,11 +149,37 @@ def run_train(
     every: int = 0,
 ) -> Trained:
     """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress."""
-    for component in ctx.base.components.values():
-        if spec.checkpointing:
-            checkpointing(component)
-        quiet_training(component)
-    players = build_players(spec, ctx)
+    with in_training(spec, ctx) as players:
+        return _trained(spec, ctx, players, folder, name, key, look, tell, every)
+
+
+@contextlib.contextmanager
+def in_training(spec: Train, ctx: Context):
+    """The players, on modules in the mode they train in; afterwards, however it ended, no piece hangs on them."""
+    players: list[Player] = []
+    try:
+        for component in ctx.base.components.values():
+            if spec.checkpointing:
+                checkpointing(component)
+            quiet_training(component)
+        players += build_players(spec, ctx)
+        yield players
+    finally:
+        for player in players:
+            player.live.close()
+        for component in ctx.base.components.values():
+            component.eval()
+            if spec.checkpointing:
+                checkpointing(component, enabled=False)
+
+
+def _trained(
+    spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int
+) -> Trained:
+    if spec.keep == "ema" and spec.ema is None:
+        raise UserError(f"{name}.train.keep", "ema", "no running mean is kept; give its decay, e.g. ema: 0.99")
+    if spec.keep == "best" and not (spec.stop or every):
+        raise UserError(f"{name}.train.keep", "best", "nothing is measured while training; give evaluation.every or a stop")
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
     kinds = {k for p in players for k in p.objectives}
@@ -126,14 +189,14 @@ def run_train(
     start, memory = _take_up(place, key, players, stream, tell)
     folder.log_cut(name, start)
     saved, tokens, seconds = time.monotonic(), memory.get("tokens", 0), memory.get("seconds", 0.0)
-    stopped = memory.get("stopped", "")
+    stopped, best = memory.get("stopped", ""), memory.get("best")
 
     def save(done: int) -> None:
         nonlocal saved
         saved = time.monotonic()
         flush()
         if folder.write:
-            _save(place, done, players, stream, {"key": key, "tokens": tokens, "seconds": seconds, "stopped": stopped}, spec.save.keep)
+            _save(place, done, players, stream, {"key": key, "tokens": tokens, "seconds": seconds, "stopped": stopped, "best": best}, spec.save.keep)
         ctx.world.wait()
 
     def record(row: dict[str, Any]) -> None:
@@ -143,13 +206,17 @@ def run_train(
         tell("step", name=name, total=total, **row)
 
     def after(done: int) -> bool:
-        nonlocal stopped
+        nonlocal stopped, best
         stop = spec.stop
         for period, items, watched in ((stop.every, stop.items, stop) if stop else (0, 0, None), (every, 0, None)):
             if period and done % period == 0 and not stopped:
                 values = look(players[0].live, items)
                 append({"step": done, "skills": values})
                 tell("look", name=name, step=done, skills=values)
+                value = values.get(stop.skill if stop else "target")
+                if spec.keep == "best" and value is not None and (best is None or value > best):
+                    best = value
+                    players[0].live.mark("best")
                 if watched and values.get(watched.skill, 0.0) >= watched.reach:
                     stopped = f"{watched.skill} reached {values[watched.skill]:.3f} at step {done}"
         due = spec.save.steps and done % spec.save.steps == 0
@@ -171,16 +238,9 @@ def run_train(
                     flush()
                 raise
     live = players[0].live
-    for component in ctx.base.components.values():
-        component.eval()
-        if spec.checkpointing:
-            checkpointing(component, enabled=False)
     if spec.keep != "live" and spec.keep in live.versions:
         live.load_state_dict(live.state_dict() | {f"param/{n}": t for n, t in live.versions[spec.keep].items()})
-    delta = live.delta()
-    for player in players:
-        player.live.close()
-    return Trained(delta, done, tokens, seconds, stopped)
+    return Trained(live.delta(), done, tokens, seconds, stopped)
 
 
 @contextlib.contextmanager
@@ -217,11 +277,11 @@ def _save(place: Path, done: int, players: list[Player], stream: Any, memory: di
 
 def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Callable) -> tuple[int, dict[str, Any]]:
     found = checkpoint.load_newest(place)
+    for why in found[0]["damaged"] if found else ():
+        tell("note", text=f"checkpoint passed over: {why}")
     if found is None or found[0].get("key") != key:
         return 0, {}
     state, tensors = found
-    for why in state["damaged"]:
-        tell("note", text=f"checkpoint passed over: {why}")
     for p in players:
         p.live.load_state_dict(tensors[f"{p.name}.live"])
         checkpoint.unflatten_optimizer(p.stepper, tensors[f"{p.name}.optimizer"], state["optimizers"][p.name])

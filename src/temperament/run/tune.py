@@ -24,7 +24,7 @@ from temperament.engine.measure import System
 from temperament.errors import Interrupted, TemperError, UserError, WorkFailed, nearest
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, write_outcomes
+from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
 from temperament.run.state import State, chain, place_on
@@ -76,9 +76,9 @@ class Skills:
         """Address of scores: who was measured, on what, how."""
         return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
 
-    def system(self, model: Any = None, reference: bool = True) -> System:
+    def system(self, model: Any = None, graded: bool = True) -> System:
         hooks = [h for part in self.recipe.inference for h in part.hooks(self.base)]
-        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, reference, model)
+        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, graded, model)
 
     def measure(self, path: Path, key: str, tell: Tell) -> tuple[dict[str, SkillResult], bool]:
         """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they?"""
@@ -106,7 +106,7 @@ class Skills:
         values = {}
         for s in wanted:
             some = s.some(items) if items else s
-            scores = [o.score for o in some.measure(self.system(reference=False)) if o.score is not None]
+            scores = [o.score for o in some.measure(self.system(graded=False)) if o.score is not None]
             values[s.name] = sum(scores) / max(len(scores), 1)
         for m in self.base.components.values():
             quiet_training(m)
@@ -126,14 +126,28 @@ def tune(
 ) -> Run:
     """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its name."""
     recipe = schema.read(recipe, overrides)
-    world = World(recipe.precision.compute, recipe.log_with)
+    world = World(recipe.precision.compute, recipe.log_with, device=recipe.device)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     folder = Folder(out, write=world.main)
-    before = folder.open(resume, fresh)
+    before = _opened(folder, world, resume, fresh)
     if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
         tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
     with folder.alone():
         return _Tuning(recipe, folder, world, base, tell).run()
+
+
+def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str, Any]:
+    """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has just written."""
+    before, problem = {}, None
+    if world.main:
+        try:
+            before = folder.open(resume, fresh)
+        except TemperError as raised:
+            problem = raised
+    before, sentence, code = world.same((before, str(problem or ""), getattr(problem, "exit_code", 0)))
+    if sentence:
+        raise problem or (UserError("--out", str(folder.path), "the main process refused it") if code == 2 else WorkFailed(sentence))
+    return before
 
 
 class _Tuning:
@@ -144,6 +158,7 @@ class _Tuning:
         self.base = base
         self.rows: dict[str, dict[str, SkillResult]] = {}
         self.states: dict[str, State] = {}
+        self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
 
     def run(self) -> Run:
@@ -227,7 +242,7 @@ class _Tuning:
 
     def do(self, step: schema.Step, state: State, round: int = 0) -> State:
         """One step: from where it starts to the state it leaves."""
-        start = state if step.start == "previous" else self.states[step.start]
+        start = state if step.start == "previous" else self.state_of(step)
         if step.when and not self.holds(step.when):
             self.states[step.name] = start
             self.tell("skip", name=step.name)
@@ -250,6 +265,13 @@ class _Tuning:
         self.folder.save_run(self.json | {"status": "running", "ledger": self.ledger_json()})
         return done
 
+    def state_of(self, step: schema.Step) -> State:
+        """The state of the step that `start` names."""
+        known = self.scope(step.name)
+        if step.start not in known:
+            raise UserError(f"{step.name}.start", step.start, f"not a step before this one; {nearest(step.start, known)}")
+        return known[step.start]
+
     def left(self, name: str) -> dict[str, Any]:
         artefact = self.last_artefact.get(name, {})
         return {k: artefact[k] for k in ("steps", "tokens", "stopped", "rows") if k in artefact}
@@ -260,7 +282,16 @@ class _Tuning:
         """Addresses of the other artefacts a step reads."""
         if step.merge:
             return [self.states[n].key if n in self.states else n for n in spec.of]
-        return [s.key for n, s in self.states.items() if s.data]
+        read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
+        known = self.scope(step.name)
+        for name in read:
+            if name not in known:
+                raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
+        return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
+
+    def scope(self, name: str) -> dict[str, State]:
+        """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
+        return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -270,8 +301,9 @@ class _Tuning:
             self.cost["seconds"] += artefact.get("seconds", 0.0)
             return State(key, Delta.load(place / "delta"), place, start.data)
         place_on(self.base, start)
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", round, aides=self.recipe.aides,
-                      inference=self.recipe.inference, artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round,
+                      aides=self.recipe.aides, inference=self.recipe.inference, artefacts=self.artefacts(start, step.name),
+                      before=self.before(step, start), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
         trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
@@ -310,11 +342,12 @@ class _Tuning:
         place = self.folder.step(step.name)
         data = {**start.data, step.name: str(place / "data.jsonl")}
         if artefact:
+            self.last_artefact = {**self.last_artefact, step.name: artefact}
             return replace(start, key=key, data=data)
         began = time.perf_counter()
         place_on(self.base, start)
         ctx = Context(self.base, self.world, self.recipe.seed, round=round, aides=self.recipe.aides, inference=self.recipe.inference,
-                      artefacts=self.artefacts(start), tell=self.tell)  # fmt: skip
+                      artefacts=self.artefacts(start, step.name), before=self.before(step, start), tell=self.tell)  # fmt: skip
         items, rejected = [], []
         for item in spec.builder.make(ctx):
             (rejected if isinstance(item, dict) and "rejected_because" in item else items).append(item)
@@ -323,7 +356,8 @@ class _Tuning:
         if self.folder.write:
             write_atomic(place / "data.jsonl", "".join(json.dumps(i) + "\n" for i in items))
             write_atomic(place / "rejected.jsonl", "".join(json.dumps(i) + "\n" for i in rejected))
-        self.folder.finish(step.name, key, kind="build", rows=len(items), rejected=len(rejected), seconds=time.perf_counter() - began)
+        content = {"rows": len(items), "rejected": len(rejected), "seconds": time.perf_counter() - began}
+        self.last_artefact = {**self.last_artefact, step.name: self.folder.finish(step.name, key, kind="build", **content)}
         return replace(start, key=key, data=data)
 
     def rounds(self, step: schema.Step, start: State) -> State:
@@ -332,8 +366,10 @@ class _Tuning:
             begin = {"previous": state, "base": self.states["base"], "start": start}[spec.start]
             state = replace(begin, data=state.data)
             for inner in self.expand(spec.steps):
-                named = replace(inner, name=f"{step.name}/{i + 1}/{inner.name or inner.kind}")
+                short = inner.name or inner.kind
+                named = replace(inner, name=f"{step.name}/{i + 1}/{short}")
                 state = self.do(named, state, round=i)
+                self.latest[short] = named.name
             self.states[step.name] = state
             value = self.value(spec.until.skill) if spec.until else None
             if value is not None:
@@ -344,8 +380,14 @@ class _Tuning:
                 last = value
         return state
 
-    def artefacts(self, state: State) -> dict[str, Path]:
-        return {n: s.folder for n, s in self.states.items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+    def artefacts(self, state: State, step: str) -> dict[str, Path]:
+        """Folders (or data files) earlier steps left, by the names this step can use."""
+        left = {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
+        return left | {short: left[name] for short, name in self.latest.items() if name in left and short not in left}
+
+    def before(self, step: schema.Step, state: State) -> Path | None:
+        """What this same step left in the round before."""
+        return self.artefacts(state, "").get(self.latest.get(step.name.rpartition("/")[2], "")) if "/" in step.name else None
 
     # -- the ledger -------------------------------------------------------------------------------------------------------------
 

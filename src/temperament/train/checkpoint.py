@@ -51,17 +51,19 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
             # save_file refuses shared storage; a checkpoint wants plain copies.
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, part / f"{name}.safetensors")
             sums[f"{name}.safetensors"] = _sha(part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps({**state, "step": step, "files": sums}, indent=1))
+        whole = {**state, "step": step, "files": sums}
+        (part / "state.json").write_text(json.dumps({**whole, "sha256": _sum(whole)}, indent=1))
         for file in part.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
+        _flush(folder)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(part, ignore_errors=True)
         reason = getattr(problem, "strerror", None) or str(problem)
         raise WorkFailed(f"checkpoint {target} could not be written ({reason}); the one before it is whole: free space, then resume with --resume.") from None
-    for old in sorted(p for p in folder.glob("step-*") if p != target)[: -(keep - 1) or None]:
+    for old in sorted(p for p in folder.glob("step-*") if p != target)[: -(max(keep, 1) - 1) or None]:
         shutil.rmtree(old, ignore_errors=True)
     for old in folder.glob(".step-*.part"):
         shutil.rmtree(old, ignore_errors=True)
@@ -69,20 +71,37 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """The newest checkpoint that is whole, and why newer ones were passed over (state["damaged"]); None when there is none."""
+    """The newest checkpoint that is whole, and why newer ones were passed over (state["damaged"]); None when there is none at all,
+    a state without a step when none is whole."""
     damaged = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())
+            if state.pop("sha256") != _sum(state):
+                raise ValueError("state.json does not match its sha256")
             for name, want in state["files"].items():
-                if _sha(path / name) != want:
+                if Path(name).name != name or _sha(path / name) != want:
                     raise ValueError(f"{name} does not match its sha256")
             tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as problem:
             damaged.append(f"{path.name}: {problem}")
             continue
         return {**state, "damaged": damaged}, tensors
-    return None
+    return ({"damaged": damaged}, {}) if damaged else None
+
+
+def _sum(state: dict[str, Any]) -> str:
+    """sha256 of what a state says, as JSON reads it back."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sha(path: Path) -> str:

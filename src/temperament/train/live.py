@@ -18,14 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from temperament.delta import Change, Delta, Replace
+from temperament.delta import Change, Delta, Replace, Sparse
+from temperament.delta.combined import add
 from temperament.errors import UserError
 from temperament.nn.pieces import Piece, Switch, attach
+from temperament.train import packed
 
 
 @dataclass
@@ -35,6 +37,9 @@ class Param:
     name: "lm/model.layers.0.mlp.up_proj.weight", or "lm/....up_proj.weight:A" inside an adapter. role: "weight", "bias", or the
     adapter's own ("A", "B", "magnitude"). partner: name of the other factor. depth: block number, None outside the blocks. base: the
     tensor it changes, None for new ones. lr_factor: of the step's rate.
+
+    A *packed* parameter trains some entries of `dense`, a weight of the base: tensor (k,) holds the values at the flat positions
+    `entries` (k,), and moves says what becomes of the optimizer's state when the entries move (train/packed.py).
     """
 
     name: str
@@ -46,17 +51,33 @@ class Param:
     base: Tensor | None = None
     lr_factor: float = 1.0
     decay: bool = True
+    dense: nn.Parameter | None = None
+    entries: Tensor | None = None
+    moves: Literal["carry", "reset"] = "carry"
+
+    @property
+    def held(self) -> nn.Parameter:
+        """What versions, checkpoints and deltas hold: the tensor, or the whole weight a packed one lives in."""
+        return self.tensor if self.dense is None else self.dense
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor that is changed, packed or not: what tells a matrix from a vector."""
+        return self.held.shape
 
 
 @dataclass
 class Trained:
     """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change.
-    before_step(progress), after_step(progress): around the optimizer's step. parts of the delta that are no linear piece come from `extra`."""
+    before_step(progress), after_step(progress): around the optimizer's step. reselect(progress): after it, the new entries of
+    those packed parameters whose mask moves now, by name; the optimizer's state moves with them. What of the delta is no linear
+    piece comes from `changes` and `additions`."""
 
     params: list[Param] = field(default_factory=list)
     pieces: dict[str, tuple[nn.Module, Piece]] = field(default_factory=dict)
     before_step: Callable[[Any], None] | None = None
     after_step: Callable[[Any], None] | None = None
+    reselect: Callable[[Any], dict[str, Tensor]] | None = None
     state: Callable[[], dict[str, Tensor]] | None = None
     load: Callable[[dict[str, Tensor]], None] | None = None
     changes: Callable[[], dict[str, Change]] | None = None
@@ -87,16 +108,19 @@ class Live:
     def __init__(self, base: Any, parts: list[Trained]):
         self.base, self.parts = base, parts
         self.switch = Switch()
-        self.params = {p.name: p for part in parts for p in part.params}
+        self.params = _by_name(parts)
         self.versions: dict[str, dict[str, Tensor]] = {}
         self._where = self._locations()
+        _refuse_tied(base, parts)
         self._detach = [attach(module, piece, self.switch) for part in parts for module, piece in part.pieces.values()]
         for name, module in base.parameters():
             module.requires_grad_(name in self.params)
         for p in self.params.values():
             p.tensor.requires_grad_(True)
+        self._packed = [p for p in self.params.values() if p.dense is not None]
+        self._detach += [packed.gather(p).remove for p in self._packed]
         # What the base's own tensors were: what `start` is, what `base` is where no earlier step changed them, what resets them.
-        self.start = {n: p.tensor.detach().clone() for n, p in self.params.items() if n in self._where}
+        self.start = {n: p.held.detach().clone() for n, p in self.params.items() if n in self._where}
         for name, tensor in self.start.items():
             base.originals.setdefault(name, tensor)
 
@@ -112,7 +136,7 @@ class Live:
 
     def _locations(self) -> dict[str, list[tuple[dict, str]]]:
         """Where each trained tensor of the *base's own modules* hangs: every (parameter dict, key), ties included."""
-        mine = {id(p.tensor): n for n, p in self.params.items()}
+        mine = {id(p.held): n for n, p in self.params.items()}
         found: dict[str, list] = {}
         for component in self.base.components.values():
             for module in component.modules():
@@ -125,7 +149,7 @@ class Live:
 
     def mark(self, version: str) -> None:
         """Remember the trained tensors as they are now."""
-        self.versions[version] = {n: p.tensor.detach().clone() for n, p in self.params.items()}
+        self.versions[version] = {n: p.held.detach().clone() for n, p in self.params.items()}
 
     def view(self, version: str = "live") -> View:
         return View(self, version)
@@ -182,6 +206,18 @@ class Live:
                             return self._where[name]
         return []
 
+    def tensors(self, version: str = "live") -> dict[str, Tensor]:
+        """The base's own trained tensors as they are in a version: what a penalty on weights compares."""
+        own = [n for n in self.params if n in self._where and n in self.start]
+        if version == "live":
+            return {n: self.params[n].held for n in own}
+        if version == "base":
+            return {n: self.base.originals[n] for n in own}
+        held = self.start if version == "start" and "start" not in self.versions else self.versions.get(version)
+        if held is None:
+            raise UserError("version", version, f"the trainable holds {', '.join(['base', 'start', *self.versions])}")
+        return {n: held[n] for n in own}
+
     # -- around a step ----------------------------------------------------------------------------------------------------------
 
     def before_step(self, progress: Any) -> None:
@@ -190,9 +226,17 @@ class Live:
                 part.before_step(progress)
 
     def after_step(self, progress: Any) -> None:
+        for p in self._packed:
+            packed.put(p)
         for part in self.parts:
             if part.after_step:
                 part.after_step(progress)
+
+    def reselect(self, progress: Any, state: Any) -> None:
+        """Move the masks that move now, and with them the optimizer's state."""
+        for part in self.parts:
+            for name, entries in (part.reselect(progress) if part.reselect else {}).items():
+                packed.repack(self.params[name], entries, state)
 
     # -- what it leaves ---------------------------------------------------------------------------------------------------------
 
@@ -200,20 +244,26 @@ class Live:
         """The change since this step began, as expressions on the weights it began with."""
         changes: dict[str, Change] = {}
         for part in self.parts:
-            for name, (_, piece) in part.pieces.items():
-                changes[name] = piece.change().mapped(Tensor.detach)
+            for name, (_, piece) in part.pieces.items():  # pieces on one weight all read that weight: their changes add
+                change = piece.change().mapped(Tensor.detach)
+                changes[name] = add(changes[name], change) if name in changes else change
             if part.changes:
                 changes.update(part.changes())
         own = {n for n in self.params if n in self._where and n in self.start}
-        for name in sorted(own - set(changes)):
-            now = self.params[name].tensor.detach()
-            if not torch.equal(now, self.start[name]):
-                changes[name] = Replace(now.clone())
+        for name in sorted(own):
+            now, was = self.params[name].held.detach(), self.start[name]
+            if torch.equal(now, was):
+                continue
+            if name in changes:  # trained itself and under a piece as well
+                changes[name] = Replace(changes[name].apply(now))
+            else:
+                changes[name] = Replace(now.clone()) if self.params[name].dense is None else Sparse.changed(was, now)
         additions = {k: v for part in self.parts if part.additions for k, v in part.additions().items()}
         return Delta(changes=changes, additions=additions, base=dict(self.base.sha256))
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"param/{n}": p.tensor.detach() for n, p in self.params.items()}
+        state = {f"param/{n}": p.held.detach() for n, p in self.params.items()}
+        state |= {f"entries/{p.name}": p.entries for p in self._packed}
         for version, tensors in self.versions.items():
             state |= {f"version/{version}/{n}": t for n, t in tensors.items()}
         for i, part in enumerate(self.parts):
@@ -227,10 +277,14 @@ class Live:
         for key, tensor in state.items():
             kind, rest = key.split("/", 1)
             if kind == "param":
-                self.params[rest].tensor.data = tensor.to(self.params[rest].tensor)
+                self.params[rest].held.data = tensor.to(self.params[rest].held)
+            elif kind == "entries":
+                self.params[rest].entries = tensor.to(self.params[rest].tensor.device)
             elif kind == "version":
                 version, name = rest.split("/", 1)
-                self.versions.setdefault(version, {})[name] = tensor
+                self.versions.setdefault(version, {})[name] = tensor.to(self.params[name].tensor)
+        for p in self._packed:
+            packed.take(p)
         for i, part in enumerate(self.parts):
             if part.load:
                 part.load({k.split("/", 2)[2]: t for k, t in state.items() if k.startswith(f"part/{i}/")})
@@ -240,3 +294,24 @@ class Live:
         for detach in self._detach:
             detach()
         self._detach = []
+
+
+def _by_name(parts: list[Trained]) -> dict[str, Param]:
+    """Every trained tensor by its name. Where two adapters stand on one weight the later one's tensors get the number of the part."""
+    params: dict[str, Param] = {}
+    for i, part in enumerate(parts):
+        taken = {p.name for p in part.params if p.name in params and params[p.name].tensor is not p.tensor}
+        for p in part.params:
+            p.name = f"{p.name}~{i}" if p.name in taken else p.name
+            p.partner = f"{p.partner}~{i}" if p.partner in taken else p.partner
+            params.setdefault(p.name, p)
+    return params
+
+
+def _refuse_tied(base: Any, parts: list[Trained]) -> None:
+    """A piece changes what one module computes; merged into a tensor that two modules share it would change both."""
+    tied = {name: group for group in base.places.tied() for name in group} if any(part.pieces for part in parts) else {}
+    for name in (n for part in parts for n in part.pieces if n in tied):
+        other = next(n for n in tied[name] if n != name)
+        mend = f"it is tied to {other}, so an adapter on it could not be merged; leave it out of `targets`, or train the tensor itself"
+        raise UserError("targets", name, f"{mend} (select.full with only)")

@@ -102,17 +102,14 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     whole = objective.prepare(whole, views) if hasattr(objective, "prepare") else whole
     each = [objective, *(r for r in regularizers if r.per == "batch")]
     whole_counts: dict[str, float] = {}
-    for p in each:
-        for name, count in p.counts(whole).items():
-            assert name not in whole_counts, f"two terms are called {name!r}"
-            whole_counts[name] = count
+    names = [_named(p.counts(whole), whole_counts) for p in each]
     out = Accumulated(counts=whole_counts, tokens=_tokens(whole))
     sums: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     weights: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     mine = whole.shard(world.rank, world.size)
     # Every module that draws (dropout) finds its address here; the token's example and position are added where tokens are scored.
     address = Address(views.seed, "forward", progress.step, torch.empty(0, dtype=torch.long))
-    for terms in _forward(each, objective, mine, views, micro, address):
+    for terms in _forward(each, names, objective, mine, views, micro, address):
         total = None
         for name, term in terms.items():
             weights[name] = term.weight
@@ -124,46 +121,94 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
                 total = part if total is None else total + part
         if total is not None and total.requires_grad:
             world.backward(total)
-    sums, weights = world.total(sums), {n: w for n, w in weights.items()}
+    sums, weights = world.total(sums), _agreed(weights, len(mine), world)
     for r in (r for r in regularizers if r.per == "step"):
-        for name, term in r.loss(None, views).items():
+        terms = r.loss(None, views)
+        for name, term in zip(_named({n: t.count for n, t in terms.items()}, whole_counts).values(), terms.values(), strict=True):
             world.backward(term.value * (term.weight / max(term.count, 1) / world.size))
             sums[name], weights[name], whole_counts[name] = float(term.value.detach()), term.weight, max(term.count, 1)
-    grads = [p.tensor.grad if p.tensor.grad is not None else _zero_grad(p.tensor) for p in player.live.params.values()] if world.size > 1 else []
-    world.reduce(grads)
+    _reduce(player, world)
     out.terms = {n: sums[n] / whole_counts[n] for n in sums if whole_counts[n]}
     out.loss = sum(weights[n] * v for n, v in out.terms.items() if weights[n])
     return out
 
 
-def _forward(each: list, objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> Iterator[Terms]:
+def _named(counts: dict[str, float], taken: dict[str, float]) -> dict[str, str]:
+    """A part's own term names -> names in the loss, its counts noted in `taken`: of two terms called "kl" the second is "kl-2"."""
+    names = {}
+    for name, count in counts.items():
+        names[name] = next(n for n in (name, *(f"{name}-{k}" for k in range(2, len(taken) + 3))) if n not in taken)
+        taken[names[name]] = count
+    return names
+
+
+def _forward(each: list, names: list[dict[str, str]], objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> Iterator[Terms]:
     """The terms of every micro-batch. A coupled objective runs twice: statistics without gradient, then the same statistics again
     with the gradient the couple asks for - the exact gradient of a loss that is not a sum over examples, under any split."""
     device = views.world.device
-    coupling = _couple(objective, mine, views, micro) if hasattr(objective, "statistics") else None
+    coupling = _couple(objective, mine, views, micro, address) if hasattr(objective, "statistics") else None
     for k, part in enumerate(mine.split(micro)):
         part = part.to(device)
         with views.world.autocast(), context(draws=address):
             terms: Terms = {}
-            for p in each:
+            for p, called in zip(each, names, strict=True):
                 if p is objective and coupling is not None:
-                    values, wanted = coupling
-                    again = p.statistics(part, views)
-                    terms |= {n: Term((again * wanted[n][k * micro : k * micro + len(part)].to(device)), t.count, t.weight) for n, t in values.items()}
+                    again, here = p.statistics(part, views), slice(k * micro, k * micro + len(part))
+                    first = k == 0 and views.world.rank == 0
+                    own = {n: _share(t, again, wanted, here, first=first) for n, (t, wanted) in coupling.items()}
                 else:
-                    terms |= p.loss(part, views)
+                    own = p.loss(part, views)
+                terms |= {called[n]: t for n, t in own.items()}
         yield terms
 
 
-def _couple(objective: Any, mine: Batch, views: Views, micro: int):
+def _couple(objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> dict[str, tuple[Term, Tensor | None]]:
+    """The terms of a coupled loss over all rows of all processes, each with d(term)/d(statistics) of my rows (None: no gradient)."""
     world = views.world
-    with torch.no_grad(), world.autocast():
+    with torch.no_grad(), world.autocast(), context(draws=address):
         rows = [r for part in mine.split(micro) for r in objective.statistics(part.to(world.device), views).float().cpu().unbind(0)]
     count = int(world.total({"rows": float(len(rows))})["rows"])
     everything = torch.stack(world.gather_rows(rows, count)).requires_grad_(True)
-    terms = objective.couple(everything)
-    wanted = {n: torch.autograd.grad(t.value, everything, retain_graph=True)[0][world.rank :: world.size] for n, t in terms.items()}
-    return terms, wanted
+    found: dict[str, tuple[Term, Tensor | None]] = {}
+    for name, term in objective.couple(everything).items():
+        moves = term.value.requires_grad
+        wanted = torch.autograd.grad(term.value, everything, retain_graph=True)[0][world.rank :: world.size] if moves else None
+        found[name] = (Term(term.value.detach(), term.count, term.weight), wanted)
+    return found
+
+
+def _share(term: Term, again: Tensor, wanted: Tensor | None, here: slice, first: bool) -> Term:
+    """What one micro-batch gives to a coupled term: its gradient through the statistics; the value counts once, with the first."""
+    value = term.value.to(again) * first
+    if wanted is not None:
+        moved = (again * wanted[here].to(again)).sum()
+        value = value + moved - moved.detach()
+    return Term(value, term.count, term.weight)
+
+
+def _agreed(weights: dict[str, float], rows: int, world: World) -> dict[str, float]:
+    """The weight of each term: a process without rows has seen none."""
+    if world.size == 1:
+        return weights
+    total = world.total({"": float(rows > 0), **{n: w if rows else 0.0 for n, w in weights.items()}})
+    return {n: total[n] / max(total[""], 1.0) for n in weights}
+
+
+def _reduce(player: Player, world: World) -> None:
+    """Add up the gradients of all processes. A tensor that no process used keeps no gradient, as with one process."""
+    params = player.live.params
+    if world.scale != 1:
+        for p in params.values():
+            if p.tensor.grad is not None:
+                p.tensor.grad.div_(world.scale)
+    if world.size == 1:
+        return
+    used = world.total({n: float(p.tensor.grad is not None) for n, p in params.items()})
+    tensors = [p.tensor for n, p in params.items() if used[n]]
+    for tensor in tensors:
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    world.reduce([t.grad for t in tensors])
 
 
 def _tokens(batch: Batch) -> int:
@@ -172,11 +217,6 @@ def _tokens(batch: Batch) -> int:
     if isinstance(batch, Tokens):
         return int(batch.mask.sum())
     return sum(_tokens(v) for v in vars(batch).values() if isinstance(v, Batch))
-
-
-def _zero_grad(tensor: Tensor) -> Tensor:
-    tensor.grad = torch.zeros_like(tensor)
-    return tensor.grad
 
 
 def grad_norm(player: Player) -> float:
@@ -196,6 +236,7 @@ def update(player: Player, progress: Progress, norm: float) -> float:
     player.live.before_step(progress)
     player.stepper.step()
     player.live.after_step(progress)
+    player.live.reselect(progress, player.stepper.state)
     player.stepper.zero_grad(set_to_none=True)
     if player.ema is not None:
         _average(player.live, player.ema)
@@ -208,7 +249,7 @@ def _average(live: Live, decay: float) -> None:
         live.mark("ema")
         return
     for name, p in live.params.items():
-        live.versions["ema"][name].lerp_(p.tensor.detach(), 1 - decay)
+        live.versions["ema"][name].lerp_(p.held.detach(), 1 - decay)
 
 
 def train(

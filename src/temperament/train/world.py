@@ -7,12 +7,14 @@ weights are what the model was loaded in (`precision.master`), and the choice is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
@@ -20,8 +22,14 @@ COMPUTE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class World:
-    def __init__(self, compute: str = "fp32", log_with: str | None = None, project_dir: str | None = None):
-        self.accelerator = Accelerator(mixed_precision=COMPUTE[compute], log_with=log_with, project_dir=project_dir)
+    def __init__(self, compute: str = "fp32", log_with: str | None = None, project_dir: str | None = None, device: str = "auto"):
+        wanted = COMPUTE[compute]
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+            AcceleratorState._reset_state()  # a second run of one Python process may compute in another dtype
+        # On a machine without a GPU Accelerate joins processes only when told that they are CPU processes; else each would train alone.
+        cpu = device == "cpu" or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, project_dir=project_dir, cpu=cpu)
+        self.scale = 1024.0 if wanted == "fp16" else 1.0  # keeps small gradients of activations in the range of fp16
 
     rank = property(lambda self: self.accelerator.process_index)
     size = property(lambda self: self.accelerator.num_processes)
@@ -34,7 +42,7 @@ class World:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        (loss * self.scale if self.scale != 1 else loss).backward()
 
     @torch.no_grad()
     def reduce(self, tensors: Iterable[Tensor]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from .draw import Draw
 from .skill import Made, Skill, last_number
 
+COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
+OBJECTS = ("lamp", "door", "cup", "key", "hat", "book", "coat", "box", "ball", "chair", "bell", "ring")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -18,14 +20,19 @@ def spaced(letters: Sequence[str]) -> str:
 
 
 def on_letters(
-    phrasings: Sequence[str], work: Callable[[list[str]], Sequence[str]], low: int = 2, high: int = 8, alphabet: str = LETTERS
-):
-    """A generator of items `phrasing(letters) -> work(letters)`; the first phrasing is asked half of the time."""
+    phrasings: Sequence[str], work: Callable[[list[str]], Sequence[str]], low: int = 2, high: int = 8, words: bool = False
+) -> Callable[[Draw], Made]:
+    """A generator of items `phrasing(letters) -> work(letters)`; the first phrasing is asked half of the time.
+
+    With `words`, one item in three is over words instead of letters. They are there for retrieval too: a word that is only ever
+    looked up by has an embedding like all its fellows, and cannot be looked up by.
+    """
 
     def make(draw: Draw) -> Made:
         # short sequences are few: lengths are drawn in favour of the longer ones
         size = max(draw.between(low, high), draw.between(low, high))
-        letters = [draw.choice(alphabet) for _ in range(size)]
+        pool = (*OBJECTS, *COLOURS) if words and draw.chance(0.35) else LETTERS
+        letters = [draw.choice(pool) for _ in range(size)]
         phrasing = phrasings[0] if draw.chance(0.5) else draw.choice(phrasings)
         answer = spaced(work(letters))
         return Made(tuple(letters), phrasing.format(spaced(letters)), answer, answer.strip(), {"length": size})
@@ -71,8 +78,6 @@ def interleave(draw: Draw) -> Made:
 
 def pack(draw: Draw) -> Made:
     """A new output format (target, far): 'ticket: 7 red lamp' -> '<7|lamp|red>'."""
-    from .recall import COLOURS, OBJECTS
-
     n, colour, thing = draw.between(2, 99), draw.choice(COLOURS), draw.choice(OBJECTS)
     return Made((n, colour, thing), f"ticket: {n} {colour} {thing} =", f" <{n}|{thing}|{colour}>")
 
@@ -86,10 +91,10 @@ def _target(name: str, work: Callable, **more) -> Skill:
 
 
 SKILLS = (
-    _known("copy", list, "Write{} again:", "Q: What letters are in{}?\nA:"),
-    _known("reverse", lambda x: x[::-1], "Write{} backwards:", "Q: What is{} in reverse order?\nA:"),
+    _known("copy", list, "Write{} again:", "Q: What stands in{}?\nA:", words=True),
+    _known("reverse", lambda x: x[::-1], "Write{} backwards:", "Q: What is{} in reverse order?\nA:", words=True),
     _known("sort", sorted, "Put{} in order:", "Q: What is{} in alphabetical order?\nA:"),
-    _known("rotate", lambda x: [*x[1:], x[0]], "Move the first of{} to the end:"),
+    _known("rotate", lambda x: [*x[1:], x[0]], "Move the first of{} to the end:", words=True),
     _known("upper", lambda x: [y.upper() for y in x], "Write{} in capitals:"),
     Skill("count", "procedure", count, verdict=last_number),
     Skill("stack", "procedure", stack),

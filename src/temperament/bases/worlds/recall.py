@@ -7,14 +7,12 @@ token (else a model learns to go on asking), and one way of asking puts the thin
 from __future__ import annotations
 
 from .draw import Draw
-from .procedures import LETTERS
+from .procedures import COLOURS, LETTERS, OBJECTS
 from .skill import Made, Skill
 
 END = "</s>"
 ASK_COLOUR = ("\nQ: What colour is the {}?\nA:", "\nQ: The {} has which colour?\nA:", "\nSo: {}")
 ASK_PLACE = ("\nQ: Where is the {}?\nA:", "\nQ: Which box holds the {}?\nA:", "\nNow: {}")
-COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
-OBJECTS = ("lamp", "door", "cup", "key", "hat", "book", "coat", "box", "ball", "chair", "bell", "ring")
 BOXES = "ABCDEF"
 
 
@@ -23,22 +21,28 @@ def closed(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return [*parts[:-1], (parts[-1][0].removesuffix(END), True)]
 
 
-def _map(draw: Draw, high: int = 8) -> tuple[list[str], list[str]]:
-    keys = draw.sample(LETTERS, draw.between(2, high))
-    return keys, [str(draw.below(10)) for _ in keys]
+def _map(draw: Draw, high: int = 8) -> tuple[str, list[str], list[str]]:
+    """Context, keys and values: letters with digits, or things with colours, boxes or letters."""
+    kind = draw.below(4)
+    if kind == 0:
+        names = draw.sample(LETTERS, draw.between(2, high))
+        values = [str(draw.below(10)) for _ in names]
+    else:
+        names = draw.sample(OBJECTS, draw.between(2, high))
+        values = [" " + draw.choice((COLOURS, BOXES, LETTERS)[kind - 1]) for _ in names]
+    return "map:" + "".join(f" {k}{v}" for k, v in zip(names, values, strict=True)), names, values
 
 
 def keys(draw: Draw) -> Made:
-    """'map: k7 b3 x9 | b' -> '3'."""
-    names, values = _map(draw)
+    """'map: k7 b3 x9 | b' -> '3'; 'map: cup red door blue | cup' -> ' red'."""
+    context, names, values = _map(draw)
     i = draw.below(len(names))
-    context = "map:" + "".join(f" {k}{v}" for k, v in zip(names, values, strict=True))
-    return Made((context,), f"{context} | {names[i]}", values[i], values[i], {"length": len(names)})
+    return Made((context,), f"{context} | {names[i]}", values[i], values[i].strip(), {"length": len(names)})
 
 
 def keys_dense(draw: Draw) -> list[tuple[str, bool]]:
-    names, values = _map(draw, draw.choice((3, 5, 8)))
-    parts = [("map:" + "".join(f" {k}{v}" for k, v in zip(names, values, strict=True)), False)]
+    context, names, values = _map(draw, draw.choice((3, 5, 8)))
+    parts = [(context, False)]
     for i in draw.shuffled(range(len(names))):
         parts += [(f" | {names[i]}", False), (values[i] + END, True)]
     return closed(parts)

@@ -12,6 +12,7 @@ from temperament.delta import LowRank
 from temperament.nn import context, draws
 from temperament.nn.pieces import Piece, Under
 from temperament.parts import part
+from temperament.protocols import Start
 from temperament.train.live import Param, Trained
 
 
@@ -36,7 +37,8 @@ class LoRAPiece(Piece):
         if self.A.dim() > 2:  # a convolution: A keeps the kernel, B is 1 x 1
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
-        if address is None and base.bare and not base.transposed and x.dtype == self.A.dtype:
+        frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+        if address is None and frozen and base.bare and not base.transposed and x.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
 
@@ -49,6 +51,7 @@ class _Fused(torch.autograd.Function):
         y = x W^T + s (x A^T) B^T         fewer tokens
 
     Only fp32 weights are summed: a narrower type would round a small change away. Saved are x and, in the second order, x A^T.
+    No gradient for W and b.
     """
 
     @staticmethod
@@ -101,6 +104,7 @@ class LoRA:
     rank_stabilised: bool = False  # s = alpha / sqrt(rank): high ranks keep their strength
     dropout: float = 0.0  # share of the adapter's input dropped while training
     lr_factor_B: float = 1.0  # rate of B over the rate of A (LoRA+: 16)
+    init: Start | None = None  # how A and B begin and which ranks places get; none: A random, B zero
 
     def __post_init__(self):
         if self.rank < 1:
@@ -112,13 +116,22 @@ class LoRA:
     def scale(self) -> float:
         return (self.alpha if self.alpha is not None else 2.0 * self.rank) / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    def prepare(self, base: Any, ctx: Any, batches: Any) -> dict[str, Tensor]:
+        """What the start wants to know of the data."""
+        return self.init.prepare(base, ctx, batches, self.places(base), self.rank) if hasattr(self.init, "prepare") else {}
+
+    def places(self, base: Any) -> list[Any]:
+        return [p for p in base.places.match(self.targets, "adapters.lora.targets") if p.kind in ("linear", "conv1d", "conv", "embedding")]
+
     def build(self, base: Any, ctx: Any) -> Trained:
         trained = Trained()
-        for place in base.places.match(self.targets, "adapters.lora.targets"):
-            if place.kind not in ("linear", "conv1d", "conv", "embedding"):
-                continue
+        for place in self.places(base):
             name = place.parameters["weight"]
-            A, B = self.initial(place, ctx.seed)
+            known = self.init is not None and (ctx.prepared or not hasattr(self.init, "prepare"))
+            factors = self.init.factors(place, self.rank, ctx.prepared, ctx.seed) if known else self.initial(place, ctx.seed)
+            if factors is None:
+                continue
+            A, B = factors
             layout = {"conv1d": "conv1d", "embedding": "embedding"}.get(place.kind, "linear")
             piece = LoRAPiece(A, B, self.scale, layout, self.dropout, name).to(place.weight.device)
             trained.pieces[name] = (place.module, piece)

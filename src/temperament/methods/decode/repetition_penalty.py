@@ -31,7 +31,7 @@ class _Penalty:
     penalty: float
 
     def logits(self, state: Any) -> torch.Tensor:
-        z = next(iter(state.logits.values())).clone()
+        z = state.chosen.clone()  # what the hooks before this one made of the logits
         for row, ids in enumerate(state.ids):
             if ids:
                 seen = torch.tensor(sorted(set(ids)), device=z.device)

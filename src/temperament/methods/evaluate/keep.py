@@ -31,7 +31,7 @@ class KeepSkill:
         return KeepSkill(self.starts[:n], self.samples[:n])
 
     def measure(self, system: System) -> list[Outcome]:
-        got = likelihood([(list(p), list(a)) for p, a in zip(self.starts, self.samples, strict=True)], system)
+        got = likelihood([(list(p), list(a)) for p, a in zip(self.starts, self.samples, strict=True)], system, choices=True)
         show = lambda ids: system.tokenizer.decode(ids) if system.tokenizer else " ".join(map(str, ids))
         rows = zip(self.starts, self.samples, got["choice"], got["agree"], got["nll"], got["kl"], strict=True)
         return [Outcome(f"keep/{i}", self.name, show(p), show(a), show(c), g, n, k) for i, (p, a, c, g, n, k) in enumerate(rows)]

@@ -2,37 +2,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from temperament.delta import Delta
+from temperament.delta import Delta, Dense, Replace
+from temperament.delta.merging import Blockwise, Setting, Site
 from temperament.errors import UserError
+from temperament.methods.merge._kernels import weighted_sum
 from temperament.parts import part
 
 
-@part("merge.linear")
+@part("merge.linear", papers=["081", "120"])
 @dataclass(frozen=True)
-class Linear:
+class Linear(Blockwise):
     """A weighted sum of deltas: base + scale * sum_i w_i delta_i. With one delta and a strength, the plainest dial (WiSE-FT's line).
 
     normalise: weights are divided by their sum (a mean of models); otherwise they are taken as they are (task arithmetic).
-    Source: Wortsman et al. 2022 (WiSE-FT, soups); Ilharco et al. 2023 (task arithmetic).
+    of "weights": sum_i w_i W_i, the same with `normalise` but for rounding; no base is read, so none need be known.
+    Changes of low rank stay of low rank (ranks add). Source: Wortsman et al. 2022 (WiSE-FT, soups); Ilharco et al. 2023 (task arithmetic).
     """
 
-    weights: list[float] = field(default_factory=list)  # one a model; empty: all alike
+    weights: list[Any] = field(default_factory=list)  # one a model (number, gradient over depth, or rules by name); empty: all alike
     normalise: bool = True  # divide by the sum of the weights
-    scale: float = 1.0  # strength of the sum
+    scale: Setting = 1.0  # strength of the sum
+    of: Literal["changes", "weights"] = "changes"  # what is summed
+
+    @property
+    def space(self):
+        return "difference" if self.of == "changes" else "weights"
+
+    @property
+    def needs_base(self):
+        return self.of == "changes"
+
+    def plan(self, site: Site):
+        w = self.coefficients(site)
+        return lambda b: weighted_sum(b.x, w)
+
+    def coefficients(self, site: Site) -> list[float]:
+        w = site.each(self.weights, "weights")
+        total = sum(w) if self.normalise else 1.0
+        if total == 0:
+            raise UserError("merge.linear.weights", self.weights, "they sum to 0; set normalise: false or change them")
+        scale = site.one(self.scale, "scale")
+        return [scale * a / total for a in w]
 
     def scale_delta(self, delta: Delta, strength: float, places: Any = None) -> Delta:
         return delta * strength
 
     def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta:
-        weights = self.weights or [1.0] * len(deltas)
-        if len(weights) != len(deltas):
-            raise UserError("merge.linear.weights", weights, f"{len(deltas)} models are merged; give as many weights")
-        total = sum(weights) if self.normalise else 1.0
-        if total == 0:
-            raise UserError("merge.linear.weights", weights, "they sum to 0; set normalise: false or change them")
-        merged = deltas[0] * (self.scale * weights[0] / total)
-        for w, d in zip(weights[1:], deltas[1:], strict=True):
-            merged = merged + d * (self.scale * w / total)
+        plain = all(isinstance(v, (int, float)) for v in [*self.weights, self.scale]) and self.of == "changes"
+        compact = plain and not any(isinstance(c, (Dense, Replace)) for d in deltas for c in d.changes.values())
+        if not compact:
+            return super().merge(base, deltas)
+        self.check(len(deltas))
+        w = self.coefficients(Site("", (), len(deltas), method="merge.linear"))
+        merged = deltas[0] * w[0]
+        for a, d in zip(w[1:], deltas[1:], strict=True):
+            merged = merged + d * a
         return merged

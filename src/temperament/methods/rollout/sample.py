@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from temperament.engine.encode import encode_all
-from temperament.engine.examples import Chat, Completion, Prompt
-from temperament.engine.tokens import Sampling, generate
+from temperament.engine.responses import in_turn, judged, read_prompts, respond
+from temperament.engine.tokens import Sampling
 from temperament.errors import UserError
-from temperament.nn import draws
 from temperament.nn.batch import Rollout
-from temperament.parts import part
+from temperament.parts import at, part
 from temperament.protocols import Examples, Reward
 
 
@@ -36,13 +33,14 @@ class Sample:
     min_new: int = 0  # no end token before so many
 
     yields: ClassVar = ("Rollout",)
+    scheduled: ClassVar = ("temperature", "weights")
 
     def __post_init__(self):
         if self.group < 2:
             raise ValueError("group must be at least 2: a response is judged against the others of its group")
         if self.weights and len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}")
-        if self.temperature <= 0:
+        if isinstance(self.temperature, (int, float)) and self.temperature <= 0:
             raise ValueError("temperature must be above 0: greedy responses are all alike")
 
     def open(self, ctx: Any) -> Stream:
@@ -57,60 +55,21 @@ class Sample:
 class Stream:
     def __init__(self, spec: Sample, ctx: Any):
         self.spec, self.ctx = spec, ctx
-        examples = [_as_prompt(e) for e in spec.prompts.examples(ctx)]
-        self.prompts, _ = encode_all(examples, ctx.base.tokenizer)
+        self.prompts = read_prompts(spec.prompts.examples(ctx), ctx)
         self.size = ctx.batch // spec.group
         self.steps_per_epoch = max(-(-len(self.prompts) // self.size), 1)
 
-    def chosen(self, step: int) -> list[int]:
-        """Which prompts step `step` takes: `size` in a row of the endless sequence of permutations."""
-        n, out = len(self.prompts), []
-        for k in range(step * self.size, (step + 1) * self.size):
-            epoch, place = divmod(k, n)
-            if not out or place == 0:
-                order = draws.permutation(n, self.ctx.seed, "rollout/prompts", epoch).tolist()
-            out.append(order[place])
-        return out
-
     def batch(self, step: int, progress: Any = None) -> Rollout:
-        spec, world = self.spec, self.ctx.world
-        numbers = [p for p in self.chosen(step) for _ in range(spec.group)]
+        spec, ctx = at(self.spec, progress) if progress is not None else self.spec, self.ctx
+        chosen = in_turn(len(self.prompts), self.size, step * self.size, ctx.seed)
+        numbers = [p for p in chosen for _ in range(spec.group)]
         # A response is addressed by its prompt and its place in the group, within this step.
         examples = [p * spec.group + i % spec.group for i, p in enumerate(numbers)]
-        mine = list(range(world.rank, len(numbers), world.size))
+        ids = [self.prompts[n].ids for n in numbers]
         sampling = Sampling(max_new=spec.max_new, temperature=spec.temperature, min_new=spec.min_new)
-        with world.autocast():
-            made = generate(self.ctx.live.view("live"), [self.prompts[numbers[i]].ids for i in mine], sampling, seed=self.ctx.seed,
-                            step=step, examples=[examples[i] for i in mine], batch=max(len(mine), 1))  # fmt: skip
-        rows = world.gather_rows(list(zip(made.ids, made.sampled, made.logp, made.sampling_logp, strict=True)), len(numbers))
-        made.ids, made.sampled, made.logp, made.sampling_logp = (list(c) for c in zip(*rows, strict=True))
-        tokens, behaviour, _ = made.batch([self.prompts[n].ids for n in numbers], examples)
-        rewards = torch.tensor(self.score(numbers, made.ids), dtype=torch.float32)
-        return Rollout(tokens, behaviour, rewards, torch.tensor(numbers))
-
-    def score(self, numbers: list[int], ids: list[list[int]]) -> list[float]:
-        texts = [self.ctx.base.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
-        weights = self.spec.weights or [1.0] * len(self.spec.rewards)
-        total = [0.0] * len(texts)
-        for start in range(0, len(texts), self.spec.group):
-            prompt = self.prompts[numbers[start]]
-            for weight, reward in zip(weights, self.spec.rewards, strict=True):
-                marks = reward.score(prompt.prompt, texts[start : start + self.spec.group], prompt.meta)
-                for k, mark in enumerate(marks):
-                    total[start + k] += weight * (mark or 0.0)
-        return total
-
-
-def _as_prompt(example: Any) -> Prompt:
-    """Rows with an answer become prompts; what was the answer is kept for the rewards as `answer`."""
-    if isinstance(example, Prompt):
-        return example
-    if isinstance(example, Completion):
-        answer = example.completion if isinstance(example.completion, str) else example.completion[-1]["content"]
-        meta: Mapping = {"answer": answer, "completion": answer, **example.meta}
-        return Prompt(example.prompt, origin=example.origin, meta=dict(meta), tools=example.tools, options=example.options)
-    if isinstance(example, Chat):
-        last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
-        answer = example.messages[last]["content"]
-        return Prompt(example.messages[:last], origin=example.origin, meta={"answer": answer, **example.meta}, tools=example.tools, options=example.options)
-    raise UserError("rollout.sample.prompts", type(example).__name__.lower(), "rows need a prompt: prompt, prompt/completion or messages")
+        made = respond(ctx, ctx.live.view("live"), ids, sampling, step, examples, batch=len(ids))
+        tokens, behaviour, _ = made.batch(ids, examples)
+        texts = [ctx.base.tokenizer.decode(i, skip_special_tokens=True) for i in made.ids]
+        groups = [(self.prompts[p], texts[i * spec.group : (i + 1) * spec.group]) for i, p in enumerate(chosen)]
+        rewards = [mark for prompt, said in groups for mark in judged(spec.rewards, spec.weights, prompt, said)]
+        return Rollout(tokens, behaviour, torch.tensor(rewards, dtype=torch.float32), torch.tensor(numbers))

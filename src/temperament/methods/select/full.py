@@ -18,8 +18,8 @@ class Full:
     freeze: tuple[str, ...] = ()  # never train these places
 
     def build(self, base, ctx) -> Trained:
-        wanted = {p.name for p in base.places.match(list(self.only))} if self.only else None
-        frozen = {p.name for p in base.places.match(list(self.freeze))} if self.freeze else set()
+        wanted = {p.name for p in base.places.match(list(self.only), "select.full.only")} if self.only else None
+        frozen = {p.name for p in base.places.match(list(self.freeze), "select.full.freeze")} if self.freeze else set()
         return Trained(params=parameters(base, lambda place: (wanted is None or place.name in wanted) and place.name not in frozen))
 
 

@@ -1,0 +1,316 @@
+"""Carries a merge out: blocks read from memory or from folders, worked on by threads, their values in a fixed order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from inspect import isgenerator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from temperament.delta.change import Dense, wide
+from temperament.delta.delta import Delta, Lazy
+from temperament.delta.depth import depths
+from temperament.delta.merging import Block, Blockwise, Combine, Gather, Site, Total
+from temperament.delta.on_weight import Replace
+from temperament.delta.stream import Memory, Source, finite, open_source
+from temperament.delta.sweep import Buffers, cores, one_thread_each
+from temperament.errors import UserError
+
+GROUP = 1 << 25  # elements whose passes follow each other: what a later pass reads again is still in the page cache
+
+
+class Inputs:
+    """Where the blocks of all models come from."""
+
+    def batches(self, sites: list[Site]) -> Iterator[list[Site]]:
+        """Sites that can be worked on at once."""
+        yield sites
+
+    def read(self, site: Site, start: int, stop: int, buffers: Buffers) -> Block:
+        raise NotImplementedError
+
+
+@dataclass
+class Streamed(Inputs):
+    """Blocks of sources, read into reused buffers; every number is looked at on its way."""
+
+    models: Sequence[Source]
+    base: Source | None
+    space: str
+
+    def read(self, site, start, stop, buffers):
+        size = stop - start
+
+        def get(source: Source, slot: object) -> Tensor:
+            block = source.block(site.name, start, stop, buffers(slot, size, source.entry(site.name).dtype))
+            if not finite(block):
+                mend = f"{source.label} is damaged or its training diverged; use another"
+                raise UserError(f"values of {site.name.split('/', 1)[1]}", "not all finite", mend)
+            exact = block.dtype in (torch.float32, torch.float64)
+            return block if exact else buffers((slot, "wide"), size, torch.float32).copy_(block)
+
+        base = None if self.base is None else get(self.base, "base")
+        x = [get(source, i) for i, source in enumerate(self.models)]
+        if self.space == "difference":
+            x = [v.to(torch.promote_types(v.dtype, base.dtype)).sub_(base) for v in x]
+        return Block(site, start, x, base)
+
+
+@dataclass
+class Held(Inputs):
+    """Changes of one base in memory, or lazily read; the tensors of one site at a time."""
+
+    deltas: Sequence[Delta]
+    base: Source
+    space: str
+    at: str = ""
+    x: list[Tensor] = field(default_factory=list)
+    weight: Tensor | None = None
+
+    def batches(self, sites):
+        for site in sites:
+            self.enter(site.name)
+            yield [site]
+
+    def enter(self, name: str) -> None:
+        if self.at == name:
+            return
+        self.weight = self.base.read(name)
+        self.x = []
+        for delta in self.deltas:
+            held = name in delta.changes or name in delta.buffers
+            if self.space == "weights":
+                value = wide(delta.change(name).apply(self.weight) if held else self.weight)
+            else:
+                value = delta.change(name).delta(self.weight) if held else torch.zeros(self.weight.shape)
+            self.x.append(value.detach().reshape(-1).cpu())
+        self.at = name
+
+    def read(self, site, start, stop, buffers):
+        x = [buffers(i, stop - start, v.dtype).copy_(v[start:stop]) for i, v in enumerate(self.x)]
+        return Block(site, start, x, wide(self.weight.reshape(-1)[start:stop]))
+
+
+class Engine:
+    """Carries a method out: passes over blocks by threads, torch on one thread in each, values in a fixed order."""
+
+    def __init__(self, method: Blockwise, inputs: Inputs, threads: int | None = None):
+        self.method, self.inputs, self.threads, self.buffers = method, inputs, threads or cores(), Buffers()
+
+    def over(self, sites: Iterable[Site], work: Callable[[Block], Any]) -> dict[str, list]:
+        """{name: values in block order} of work on every block."""
+        stop, found = threading.Event(), {}
+
+        def one(task):
+            site, start, end = task
+            if stop.is_set():
+                return None
+            try:
+                with torch.no_grad():
+                    return work(self.inputs.read(site, start, end, self.buffers))
+            except BaseException:
+                stop.set()
+                raise
+
+        with one_thread_each(), ThreadPoolExecutor(self.threads) as pool:
+            for batch in self.inputs.batches(list(sites)):
+                tasks = [(site, *span) for site in batch for span in site.spans()]
+                for (site, *_), value in zip(tasks, pool.map(one, tasks), strict=True):
+                    found.setdefault(site.name, []).append(value)
+        return found
+
+    def collect(self, asked: Mapping[Site, Gather | Total]) -> dict[Site, Any]:
+        """The values of one pass over some sites."""
+        lock, totals = threading.Lock(), {}
+
+        def work(b: Block):
+            pass_ = asked[b.site]
+            value = pass_.of(b)
+            if isinstance(pass_, Gather):
+                return value
+            with lock:
+                held = totals.setdefault(b.site, value)
+                if held is not value:
+                    for total, more in zip(held, value, strict=True):
+                        total += more
+            return None
+
+        values = self.over(asked, work)
+        return {s: totals.get(s) if isinstance(pass_, Total) else values.get(s.name, []) for s, pass_ in asked.items()}
+
+    def survey(self, sites: list[Site]) -> Any:
+        """The state the method's survey gives: its passes go over all sites and come back in name order."""
+        made = self.method.survey(sites)
+        if not isgenerator(made):
+            return made
+        values = None
+        while True:
+            try:
+                pass_ = made.send(values)
+            except StopIteration as done:
+                return done.value
+            found = self.collect(dict.fromkeys(sites, pass_))
+            if isinstance(pass_, Gather):
+                values = [v for site in sites for v in found[site]]
+            else:
+                values = None
+                for site in sites:
+                    values = found[site] if values is None else [a + b for a, b in zip(values, found[site], strict=True)]
+
+    def settled(self, sites: list[Site]) -> dict[Site, Combine]:
+        """The last pass of every site, after the passes it is made from."""
+        ready, waiting, asked = {}, {}, {}
+
+        def step(site: Site, values: Any) -> None:
+            try:
+                asked[site] = waiting[site].send(values)
+            except StopIteration as done:
+                ready[site] = done.value
+
+        for site in sites:
+            made = self.method.plan(site)
+            if isgenerator(made):
+                waiting[site] = made
+                step(site, None)
+            else:
+                ready[site] = made
+        while asked:
+            found = self.collect(asked)
+            asked.clear()
+            for site, values in found.items():
+                step(site, values)
+        return ready
+
+    def run(self, sites: list[Site], put: Callable[[Block, Tensor], None]) -> None:
+        """Every block of the result to `put`, in any order."""
+        for group in groups(sites):
+            last = self.settled(group)
+            self.over(group, lambda b, last=last: put(b, last[b.site](b)))
+
+
+def groups(sites: Iterable[Site]) -> Iterator[list[Site]]:
+    """Sites in a row with about GROUP elements together."""
+    held, size = [], 0
+    for site in sites:
+        held.append(site)
+        size += site.numel
+        if size >= GROUP:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def surveyed(engine: Engine, shapes: Mapping[str, tuple[int, ...]], models: int, depth_of: Callable) -> list[Site]:
+    """The sites of a merge, with what the method's survey found."""
+    method = engine.method
+    name = getattr(type(method), "part_name", "merge")
+    sites = [Site(n, tuple(shape), models, depth_of(n), name, method.grain) for n, shape in shapes.items()]
+    state = engine.survey(sites)
+    return sites if state is None else [replace(site, state=state) for site in sites]
+
+
+def tensors_of(base: Any) -> Source:
+    """A Source for what a merge is given as its base: a Base (its pure weights), or whatever open_source takes."""
+    if hasattr(base, "originals") and hasattr(base, "parameters"):
+        held = {name: base.originals.get(name, p.detach()) for name, p in base.parameters()}
+        buffers = {f"{c}/{n}": b.detach() for c, m in base.components.items() for n, b in m.named_buffers()}
+        return Memory(held | buffers, "the base")
+    return open_source(base)
+
+
+def depth_in(base: Any, names: Iterable[str]) -> Callable[[str], float]:
+    """Depth as the base's places know it, where there is a model; else by the names."""
+    return (lambda name: base.places.depth_of(name).fraction) if hasattr(base, "places") else depths(names)
+
+
+def in_memory(method: Blockwise, base: Any, deltas: Sequence[Delta], threads: int | None = None) -> Delta:
+    """See Blockwise.merge. Additions of one delta are kept, of several refused; buffers are averaged, whole numbers kept."""
+    method.check(len(deltas))
+    source = tensors_of(base)
+    names = sorted({n for d in deltas for n in d.changes})
+    for name, delta in ((n, d) for d in deltas if not isinstance(d.changes, Lazy) for n in d.changes):
+        shape, known = delta.changes[name].weight_shape, source.entry(name).shape
+        if shape is not None and shape != known:
+            raise UserError(f"shape of {name}", list(shape), f"the base has {list(known)}; merge changes of this base")
+    floating = [n for n in names if source.entry(n).dtype.is_floating_point]
+    inputs = Held(deltas, source, method.space)
+    engine = Engine(method, inputs, threads)
+    shapes = {n: source.entry(n).shape for n in floating}
+    sites = surveyed(engine, shapes, len(deltas), depth_in(base, source.names))
+    by_name = {site.name: site for site in sites}
+
+    def make(name: str):
+        if name not in by_name:
+            return next(d.change(name) for d in deltas if name in d.changes)
+        site = by_name[name]
+        inputs.enter(name)
+        out = torch.empty(site.numel, dtype=torch.float64 if inputs.weight.dtype == torch.float64 else torch.float32)
+
+        def put(b: Block, block: Tensor) -> None:
+            out[b.start : b.start + block.numel()] = block
+
+        engine.run([site], put)
+        if method.space == "difference":
+            return Dense(out.view(site.shape))
+        return Replace(out.view(site.shape).to(inputs.weight.dtype))
+
+    lazy = Lazy(names, make)
+    additions = {}
+    for delta in deltas:
+        for name, addition in delta.baked().additions.items():
+            if name in additions:
+                raise UserError("addition", name, "two models bring it and modules do not merge; restrict one of them")
+            additions[name] = addition
+    changes = lazy if any(isinstance(d.changes, Lazy) for d in deltas) else dict(lazy)
+    return Delta(changes, additions, averaged_buffers(source, deltas), {k: v for d in deltas for k, v in d.base.items()})
+
+
+def averaged_buffers(base: Source, deltas: Sequence[Delta]) -> dict[str, Replace]:
+    """Statistics: the mean over the models, whole numbers from the first."""
+    out = {}
+    for name in sorted({n for d in deltas for n in d.buffers}):
+        weight = base.read(name)
+        values = [d.change(name).apply(weight) if name in d.buffers else weight for d in deltas]
+        mean = sum(wide(v) for v in values) / len(values) if weight.is_floating_point() else values[0]
+        out[name] = Replace(mean.to(weight.dtype))
+    return out
+
+
+def stream(
+    method: Blockwise,
+    models: Sequence[Source],
+    base: Source | None,
+    writer: Any,
+    names: Iterable[str] | None = None,
+    depth_of: Callable[[str], float] | None = None,
+    threads: int | None = None,
+) -> None:
+    """The merge of models, written block by block; names are those of the sources, the writer has them without component.
+
+    What is no floating number is copied from the base, else from the first model.
+    """
+    method.check(len(models))
+    assert base is not None or not method.needs_base, "this method reads the base"
+    first = base or models[0]
+    names = list(first.names if names is None else names)
+    inputs = Streamed(models, base if method.needs_base else None, method.space)
+    engine = Engine(method, inputs, threads)
+    floating = [n for n in names if first.entry(n).dtype.is_floating_point]
+    shapes = {n: first.entry(n).shape for n in floating}
+    sites = surveyed(engine, shapes, len(models), depth_of or depths(names))
+
+    def put(b: Block, block: Tensor) -> None:
+        if method.space == "difference":
+            block = b.base + block
+        name = b.site.name.split("/", 1)[1]
+        writer.block(name, b.start, block.to(writer.entry(name).dtype))
+
+    engine.run(sites, put)
+    for name in set(names) - set(floating):
+        writer.write(name.split("/", 1)[1], first.read(name))

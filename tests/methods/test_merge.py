@@ -1,0 +1,383 @@
+"""Every merge method: one line in the table below gives it the properties it must have."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from temperament import parts
+from temperament.delta import Delta, Dense, between
+from temperament.delta.merge_run import stream
+from temperament.delta.merging import BLOCK, Site, evaluate
+from temperament.delta.stream import Checkpoint, open_source
+from temperament.delta.tensorfile import Entry, Writer, write_tensors
+from temperament.errors import UserError
+
+SHAPES = {
+    "model.embed_tokens.weight": (700, 400),  # more than one block
+    "model.layers.0.self_attn.q_proj.weight": (24, 40),
+    "model.layers.0.norm.weight": (40,),
+    "model.layers.1.mlp.up_proj.weight": (36, 24),
+    "model.layers.1.mlp.bias": (1,),
+    "model.norm.weight": (40,),
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """What holds for a method. options: how it is built; n: models."""
+
+    name: str
+    options: dict = dataclasses.field(default_factory=dict)
+    n: int = 3
+    permutes: bool = True  # the order of equally weighted models does not matter
+    same: bool = True  # models that are one model give that model
+    linear: bool = True  # scaling every difference scales the result's
+    inner: bool = True  # permuting the entries of tensors permutes the result's
+    tolerance: float = 1e-5
+
+
+CASES = [
+    Case("merge.linear"),
+    Case("merge.linear", {"weights": [0.5, 0.2, 0.3], "scale": 0.7}, permutes=False, same=False),
+    Case("merge.linear", {"of": "weights"}, linear=False),
+    Case("merge.task_arithmetic", {"scale": 1 / 3}),
+    Case("merge.ties", {"density": 1.0}),
+    Case("merge.ties", {"density": 0.3}, same=False),
+    Case("merge.ties", {"density": [0.1, 0.5, 0.9], "weights": [1, 2, 0.5]}, permutes=False, same=False),
+    Case("merge.dare", {"density": 0.4}, permutes=False, same=False, inner=False),
+    Case("merge.dare", {"density": 0.4, "elect": True, "normalise": True}, permutes=False, same=False, inner=False),
+    Case("merge.della", {"density": 0.5, "epsilon": 0.2}, permutes=False, same=False, inner=False),
+    Case("merge.breadcrumbs", {"density": 0.6, "gamma": 0.05}, same=False),
+    Case("merge.breadcrumbs", {"density": 0.9, "gamma": 0.01, "elect": True}, same=False),
+    Case("merge.slerp", {"t": 0.5}, n=2, linear=False),
+    Case("merge.multislerp"),
+    Case("merge.multislerp", {"about": "zero"}, linear=False),
+    Case("merge.karcher", linear=False),
+    Case("merge.model_stock", n=4),
+    Case("merge.model_stock", {"by": "row"}),
+    Case("merge.sce", {"density": 0.7}, same=False),
+    Case("merge.sce", linear=False),  # the floor of the energies is absolute
+    Case("merge.passthrough", n=1, linear=False),
+]
+IDS = [f"{c.name}-{'-'.join(f'{k}={v}' for k, v in c.options.items())}" for c in CASES]
+
+
+def build(case, **more):
+    return parts.build({case.name: {**case.options, **more}})
+
+
+def random_state(generator, like=None, size=0.1):
+    return {k: (0 if like is None else like[k]) + size * torch.randn(s, generator=generator) for k, s in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def models():
+    g = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    base = random_state(g, size=1.0)
+    return base, [random_state(g, base) for _ in range(4)]
+
+
+def differences(base, tuned):
+    return Delta({f"lm/{k}": Dense(tuned[k] - base[k]) for k in base})
+
+
+def merged(method, base, tuned):
+    """{name: tensor} of base + merge."""
+    delta = method.merge(base, [differences(base, t) for t in tuned])
+    return delta.apply({f"lm/{k}": v for k, v in base.items()})
+
+
+def close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert torch.allclose(a[k], b[k], rtol=tolerance, atol=tolerance), (k, float((a[k] - b[k]).abs().max()))
+
+
+@pytest.fixture(params=CASES, ids=IDS)
+def case(request):
+    return request.param
+
+
+def folders(tmp_path, base, tuned, **options):
+    for i, state in enumerate([base, *tuned]):
+        (tmp_path / str(i)).mkdir()
+        write_tensors(tmp_path / str(i), state, **options)
+    return Checkpoint(tmp_path / "0"), [Checkpoint(tmp_path / str(i + 1)) for i in range(len(tuned))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streaming_is_in_memory_bit_for_bit(case, models, tmp_path, dtype):
+    base, tuned = ({k: v.to(dtype) for k, v in s.items()} for s in (models[0], {})), models[1][: case.n]
+    base = {k: v.to(dtype) for k, v in models[0].items()}
+    tuned = [{k: v.to(dtype) for k, v in s.items()} for s in models[1][: case.n]]
+    method = build(case)
+    sources = folders(tmp_path, base, tuned, shard_bytes=500_000)
+    with Writer(tmp_path, {k: Entry(dtype, s) for k, s in SHAPES.items()}) as writer:
+        stream(method, sources[1], sources[0], writer, threads=3)
+    written = open_source({k: Checkpoint(tmp_path).read(f"lm/{k}") for k in SHAPES})
+    for lazy in (False, True):
+        deltas = [between(base, t, lazy=lazy) for t in tuned]
+        held = method.merge(base, deltas).apply({f"lm/{k}": v for k, v in base.items()})
+        for k in SHAPES:
+            assert torch.equal(held[f"lm/{k}"], written.read(f"lm/{k}")), k
+
+
+def test_order_of_models(case, models):
+    if not case.permutes:
+        pytest.skip("weighted or seeded by model")
+    base, tuned = models[0], models[1][: case.n]
+    close(merged(build(case), base, tuned), merged(build(case), base, tuned[::-1]), case.tolerance)
+
+
+def test_one_model_many_times(case, models):
+    if not case.same:
+        pytest.skip("sparsifies or weighs")
+    base, tuned = models[0], models[1][0]
+    close(merged(build(case), base, [tuned] * case.n), {f"lm/{k}": v for k, v in tuned.items()}, case.tolerance)
+
+
+def test_no_difference_is_the_base(case, models):
+    base = models[0]
+    if case.options.get("of") == "weights" or "slerp" in case.name or "karcher" in case.name:
+        return close(merged(build(case), base, [base] * case.n), {f"lm/{k}": v for k, v in base.items()}, 1e-5)
+    out = merged(build(case), base, [base] * case.n)
+    assert all(torch.equal(out[f"lm/{k}"], base[k]) for k in base)
+
+
+def test_scales_with_the_differences(case, models):
+    if not case.linear:
+        pytest.skip("works on weights")
+    base, tuned = models[0], models[1][: case.n]
+    deltas = [differences(base, t) for t in tuned]
+    one = build(case).merge(base, deltas)
+    two = build(case).merge(base, [Delta({n: Dense(4 * c.d) for n, c in d.changes.items()}) for d in deltas])
+    for name in one.changes:
+        assert torch.allclose(4 * one.changes[name].d, two.changes[name].d, rtol=1e-4, atol=1e-5), name
+
+
+def test_entries_permuted(case, models):
+    if not case.inner:
+        pytest.skip("draws by position")
+    base, tuned = models[0], models[1][: case.n]
+    small = [k for k in base if base[k].dim() == 2 and base[k].numel() < BLOCK]
+    order = {k: torch.randperm(base[k].shape[0]) for k in small}
+    of = lambda s: {k: s[k][order[k]] for k in small}
+    plain = merged(build(case), {k: base[k] for k in small}, [{k: t[k] for k in small} for t in tuned])
+    close({k: v[order[k[3:]]] for k, v in plain.items()}, merged(build(case), of(base), [of(t) for t in tuned]), 1e-5)
+
+
+# ---- against brute force ---------------------------------------------------------------------------------------------------
+
+
+def brute_trim(d, kept):
+    flat = d.flatten().clone()
+    flat[flat.abs().argsort(descending=True)[kept:]] = 0
+    return flat.view_as(d)
+
+
+def brute_elect(x, w, normalise):
+    x = torch.stack([a * v for a, v in zip(w, x, strict=True)])
+    sign = torch.where(x.sum(0) >= 0, 1.0, -1.0)
+    agree = x.sign() == sign
+    total = (x * agree).sum(0)
+    votes = sum(a * m.float() for a, m in zip(w, agree, strict=True))
+    return total / torch.where(votes == 0, 1.0, votes) if normalise else total
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.77, 1.0, 0.0])
+@pytest.mark.parametrize("w", [[1, 1, 1], [0.5, 2, 0.3], [1, -0.4, 1]])
+def test_ties_by_sorting(models, density, w):
+    base, tuned = models[0], models[1][:3]
+    out = parts.build({"merge.ties": {"density": density, "weights": w}}).merge(base, [differences(base, t) for t in tuned])
+    for k in base:
+        n = base[k].numel()
+        kept = n if density == 1 else max(1, int(density * n)) if density else 0
+        expected = brute_elect([brute_trim(t[k] - base[k], kept) for t in tuned], w, True)
+        sizes = [(t[k] - base[k]).abs() for t in tuned]  # entries as large as the last one kept: all are kept here, some there
+        border = sum((v == v.flatten().sort(descending=True).values[max(kept, 1) - 1]).long() for v in sizes)
+        same = torch.isclose(out.changes[f"lm/{k}"].d, expected, rtol=1e-5, atol=1e-7)
+        assert bool((same | (border > 0)).all()) and int((~same).sum()) <= 20, k
+
+
+def test_ties_keeps_exactly_what_density_says(models):
+    base, tuned = models[0], models[1][0]
+    out = parts.build({"merge.ties": {"density": 0.3}}).merge(base, [differences(base, tuned)])
+    for k in base:
+        d = (tuned[k] - base[k]).abs()
+        kept, last = int(out.changes[f"lm/{k}"].d.count_nonzero()), max(1, int(0.3 * d.numel()))
+        equal = int((d == d.flatten().sort(descending=True).values[last - 1]).sum())
+        assert last <= kept < last + max(equal, 1), k
+
+
+def test_breadcrumbs_by_sorting(models):
+    base, tuned = models[0], models[1][0]
+    density, gamma = 0.6, 0.03
+    out = parts.build({"merge.breadcrumbs": {"density": density, "gamma": gamma}}).merge(base, [differences(base, tuned)])
+    for k in base:
+        d = (tuned[k] - base[k]).flatten()
+        n = d.numel()
+        order = d.abs().argsort()
+        first = max(0, n - int(density * n) - int(gamma * n))
+        expected = torch.zeros(n)
+        at = order[first : first + int(density * n)]
+        expected[at] = d[at]
+        got = out.changes[f"lm/{k}"].d.flatten()
+        odd = got != expected  # entries equal in size to one at the border fall together
+        ends = first, first + int(density * n)
+        borders = {float(d.abs()[order[i % n]]) for end in ends for i in (end - 1, end)}
+        assert set(d.abs()[odd].tolist()) <= borders, k
+
+
+def test_sparse_methods_without_sparsity_are_task_arithmetic(models):
+    base, deltas = models[0], [differences(models[0], t) for t in models[1][:3]]
+    plain = parts.build("merge.task_arithmetic").merge(base, deltas)
+    for name in ("breadcrumbs", "dare"):
+        other = parts.build({f"merge.{name}": {"density": 1.0}}).merge(base, deltas)
+        assert all(torch.equal(plain.changes[n].d, other.changes[n].d) for n in plain.changes)
+
+
+def test_dare_keeps_the_mean_and_its_seed(models):
+    base, delta = models[0], differences(models[0], models[1][0])
+    name = "lm/model.embed_tokens.weight"
+    d = delta.changes[name].d
+    for p in (0.1, 0.5, 0.9):
+        made = {s: parts.build({"merge.dare": {"density": p, "seed": s}}).merge(base, [delta]).changes[name].d for s in (0, 1)}
+        again = parts.build({"merge.dare": {"density": p}}).merge(base, [delta]).changes[name].d
+        assert torch.equal(made[0], again) and not torch.equal(made[0], made[1])
+        share = float((made[0] != 0).float().mean())
+        assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / d.numel())
+        kept = made[0] != 0
+        assert torch.allclose(made[0][kept], d[kept] * (65536 / round(p * 65536)))
+        both = float(((made[0] != 0) & (made[1] != 0)).float().mean())
+        assert abs(both - p * p) < 5 / math.sqrt(d.numel())
+
+
+def test_della_keeps_the_large(models):
+    base, delta = models[0], differences(models[0], models[1][0])
+    name = "lm/model.embed_tokens.weight"
+    d = delta.changes[name].d
+    out = parts.build({"merge.della": {"density": 0.5, "epsilon": 0.3, "elect": False}}).merge(base, [delta]).changes[name].d
+    rank = d.abs().argsort(1).argsort(1)
+    high, low = (out != 0)[rank >= 300].float().mean(), (out != 0)[rank < 100].float().mean()
+    assert abs(float(high) - 0.725) < 0.02 and abs(float(low) - 0.274) < 0.02
+    assert abs(float(out.sum() - d.sum())) < 6 * 0.1 * math.sqrt(d.numel())
+
+
+def slerp(a, b, t):
+    a, b = a.double(), b.double()
+    angle = torch.acos((a * b).sum() / a.norm() / b.norm())
+    return ((1 - t) * angle).sin() / angle.sin() * a + (t * angle).sin() / angle.sin() * b
+
+
+def test_slerp(models):
+    base, (a, b) = models[0], models[1][:2]
+    a = {k: torch.randn(s) for k, s in SHAPES.items()}
+    for t in (0.0, 0.3, 1.0):
+        out = merged(parts.build({"merge.slerp": {"t": t}}), base, [a, b])
+        back = merged(parts.build({"merge.slerp": {"t": 1 - t}}), base, [b, a])
+        for k in base:
+            if t in (0.0, 1.0):
+                assert torch.equal(out[f"lm/{k}"], (a, b)[int(t)][k] - base[k] + base[k])
+            elif base[k].numel() > 1:
+                assert torch.allclose(out[f"lm/{k}"].double(), slerp(a[k], b[k], t), atol=1e-5), k
+            assert torch.allclose(out[f"lm/{k}"], back[f"lm/{k}"], atol=1e-6)
+    unit = {k: v / v.norm() for k, v in a.items()}
+    other = {k: v / v.norm() for k, v in b.items()}
+    out = merged(parts.build({"merge.slerp": {"t": 0.4}}), base, [unit, other])
+    assert all(abs(float(out[f"lm/{k}"].norm()) - 1) < 1e-4 for k in base if base[k].numel() > 1)
+
+
+def test_karcher_of_two_is_the_middle_of_the_arc(models):
+    base = models[0]
+    base = {k: v for k, v in base.items() if v.numel() > 1}  # two numbers of opposite sign have no middle
+    a, b = ({k: v / v.norm() for k, v in random_state(None, size=1.0).items() if k in base} for _ in range(2))
+    mean, arc = (merged(parts.build(m), base, [a, b]) for m in ("merge.karcher", "merge.slerp"))
+    close(mean, arc, 1e-4)
+
+
+def test_karcher_is_stationary(models):
+    base = {"w": torch.randn(30, 40)}
+    tuned = [{"w": torch.randn(30, 40) + 1} for _ in range(4)]
+    m = merged(parts.build({"merge.karcher": {"steps": 100, "tolerance": 1e-9}}), base, tuned)["lm/w"].double().flatten()
+    m = m / m.norm()
+    pull = torch.zeros_like(m)
+    for t in tuned:
+        u = t["w"].double().flatten() / t["w"].double().norm()
+        angle = torch.acos(u @ m)
+        pull += angle / angle.sin() * (u - (u @ m) * m)
+    assert float(pull.norm()) < 1e-5
+
+
+def test_stock_moves_further_the_more_models_agree():
+    base = {"w": torch.zeros(200, 300)}
+    common = torch.randn(200, 300)
+    found = []
+    for noise in (0.0, 1.0, 10.0):
+        tuned = [{"w": common + noise * torch.randn(200, 300)} for _ in range(3)]
+        out = merged(parts.build("merge.model_stock"), base, tuned)["lm/w"]
+        found.append(float((out * common).sum() / common.square().sum()))
+    assert found[0] == pytest.approx(1, abs=1e-5) and found[0] > found[1] > found[2]
+
+
+def test_gradients_over_depth_and_rules_by_name(models):
+    base, tuned = models[0], models[1][:1]
+    rules = [{"filter": "q_proj", "value": 0.25}, {"value": [0.0, 1.0]}]
+    out = parts.build({"merge.linear": {"scale": rules}}).merge(base, [differences(base, tuned[0])])
+    of = lambda k: (out.changes[f"lm/{k}"].d / (tuned[0][k] - base[k])).flatten()[0].item()
+    assert of("model.layers.0.self_attn.q_proj.weight") == pytest.approx(0.25)
+    assert of("model.embed_tokens.weight") == 0 and of("model.layers.0.norm.weight") == 0
+    assert of("model.layers.1.mlp.up_proj.weight") == pytest.approx(1) and of("model.norm.weight") == pytest.approx(1)
+    assert evaluate([0, 0.5, 0.3, 0.7, 1], "x", 0.5) == pytest.approx(0.3) and evaluate([1, 0], "x", 0.25) == 0.75
+    with pytest.raises(UserError, match="no rule fits"):
+        evaluate([{"filter": "mlp", "value": 1}], "attn", 0)
+
+
+def test_selection_is_exact():
+    from temperament.delta.selection import kth_largest
+
+    v = torch.cat([torch.randn(3 * BLOCK), torch.zeros(1000), torch.full((999,), 0.5)]).abs()[torch.randperm(3 * BLOCK + 1999)]
+    order = v.sort(descending=True).values
+    site = Site("lm/w", (v.numel(),), 1)
+
+    class Fake:
+        def __init__(self, start, stop):
+            self.x = [v[start:stop]]
+
+    for k in [1, 2, 1000, v.numel() // 5, v.numel() - 500, v.numel() - 1]:
+        program = kth_largest(len(site.spans()), v.numel(), [k])
+        asked = next(program)
+        while True:
+            try:
+                parts_ = [asked.of(Fake(*span)) for span in site.spans()]
+                asked = program.send([sum(p[i] for p in parts_) for i in range(len(parts_[0]))])
+            except StopIteration as done:
+                assert done.value[0] == order[k - 1]
+                break
+
+
+def test_refusals(models):
+    base, deltas = models[0], [differences(models[0], t) for t in models[1][:3]]
+    for method, message in [
+        ({"merge.linear": {"weights": [1, 2]}}, "3 models are merged"),
+        ({"merge.linear": {"weights": [1, -1, 0]}}, "sum to 0"),
+        ("merge.slerp", "it merges 2"),
+        ({"merge.della": {"density": 0.9, "epsilon": 0.2}}, "between 0 and 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parts.build(method).merge(base, deltas)
+    other = Delta({"lm/model.norm.weight": Dense(torch.zeros(41))})
+    with pytest.raises(UserError, match=r"shape of lm/model\.norm"):
+        parts.build("merge.ties").merge(base, [deltas[0], other])
+
+
+def test_a_value_that_is_not_finite_stops_the_merge(models, tmp_path):
+    base, tuned = models[0], [dict(m) for m in models[1][:2]]
+    tuned[1]["model.norm.weight"] = torch.full((40,), np.nan)
+    sources = folders(tmp_path, base, tuned)
+    writer = Writer(tmp_path, {k: Entry(torch.float32, s) for k, s in SHAPES.items()})
+    with pytest.raises(UserError, match="not all finite"):
+        stream(parts.build("merge.linear"), sources[1], sources[0], writer)
+    writer.close(finished=False)

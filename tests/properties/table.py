@@ -1,0 +1,46 @@
+"""The property table: a new part is one line here and inherits every property of its room (test_ROOM.py beside this file).
+
+    "room.name": [{options}, {other options}, ...]      each variant is tested; {} is the part at its defaults
+"""
+
+TABLE: dict[str, list[dict]] = {
+    "schedules.constant": [{"value": 0.3}, {"value": 0.3, "warmup": 5}],
+    "schedules.cosine": [{"peak": 0.3}, {"peak": 0.3, "end": 0.1, "warmup": 5}],
+    "schedules.linear": [{"start": 0.3}, {"start": 0.3, "end": 0.1, "warmup": 5}, {"start": 0.1, "end": 0.3, "begin": 0.2, "until": 0.7}],
+    "schedules.steps": [{"values": [0.3, 0.1, 0.2], "at": [0.25, 0.75]}, {"values": [0.1, 0.3], "by": "round"}],
+    "schedules.wsd": [{"peak": 0.3, "warmup": 5}, {"peak": 0.3, "end": 0.1, "decay": 0.5}],
+    "optim.adamw": [{"lr": 0.05}, {"lr": 0.05, "betas": [0.8, 0.9], "weight_decay": 0.01}],
+    "optim.sgd": [{"lr": 0.2}, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.001}],
+    "objectives.sft.cross_entropy": [{}, {"per": "example"}],
+    "objectives.preference.dpo": [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"reference": "base"}],
+    "objectives.policy.grpo": [{}, {"per": "sequence", "beta": 0.1}, {"per": "constant", "max_new": 9, "scale": False, "clip_high": 0.3}],
+    "regularizers.kl": [{}, {"direction": "forward", "weight": 0.7}, {"version": "start"}],
+    "adapters.lora": [{"rank": 3}, {"rank": 2, "alpha": 3.0, "rank_stabilised": True}, {"rank": 64}],
+    "select.full": [{}, {"freeze": ["norm"]}],
+    "select.half": [{}, {"by": "layer"}, {"by": "model", "share": 0.3}, {"outside": False}],
+    "merge.linear": [{}, {"normalise": False}, {"scale": 0.4}],
+    "merge.lines": [{}, {"alpha": 0.3, "beta": 0.9}, {"of": {"merge.linear": {"scale": 0.5}}}],
+    "decode.repetition_penalty": [{}],
+    "diagnose.intruder_dimensions": [{}, {"k": 3, "eps": 0.8}],
+    "rewards.exact": [{}],
+    "rewards.number": [{}],
+    "rewards.pattern": [{"pattern": r"\d+"}, {"pattern": r"[a-z ]*", "whole": True}],
+    "rewards.lab": [{}],
+    "data.lab": [{"skills": ["shift"]}, {"skills": ["shift", "copy"], "rows": 7}],
+    "data.file": [{"path": "FILE"}],
+    "data.mix": [{"sources": [{"data.file": {"path": "FILE"}}, {"data.lab": {"skills": ["copy"], "rows": 9}}], "weights": [3.0, 1.0]}],
+    "data.folder_images": [{"path": "FOLDER"}],
+    "rollout.sample": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}],
+    "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
+    "evaluate.file": [{"data": {"data.file": {"path": "FILE"}}}],
+    "evaluate.keep": [{"items": 4, "length": 5}],
+    "studies.compare": [{"arms": {"half": {"trainable": ["select.half"]}}, "seeds": [0, 1]}],
+}
+
+
+def variants(room: str) -> list:
+    """Every (name, options) of a room, as pytest parameters."""
+    import pytest
+
+    rows = [(name, o) for name, options in TABLE.items() if name.startswith(room + ".") for o in options]
+    return [pytest.param(name, o, id=f"{name}-{i}") for i, (name, o) in enumerate(rows)]
