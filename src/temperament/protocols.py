@@ -143,7 +143,10 @@ class Objective(Protocol):
 
 class Regularizer(Protocol):
     """A term that keeps the model near what it knew. `per = "batch"`: counts/loss like an objective, on the same micro-batch.
-    `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1."""
+    `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1.
+
+    Optional: `prepare(whole, views)`, once for the whole batch before its first forward: the statistics without gradient of a term
+    that couples the batch. Modules of a trainable may bring such terms of their own (`Trained.terms`)."""
 
     rooms: ClassVar = ("regularizers",)
     must: ClassVar = ("loss", "per")

@@ -33,9 +33,10 @@ class Piece(nn.Module):
 
 
 class Around(nn.Module):
-    """Something put around a module - a place, an MLP, an attention - that is no change of a weight. `forward(base, *args, **kwargs)`
-    is called with the module's own arguments; `base(...)` is the module with what is attached below. It travels as an Addition,
-    and the part that made it builds it again. strength: the addition's; 0 must be the base.
+    """Something put around a module - a place, an MLP, an attention - that is no change of a weight.
+
+    `forward(base, *args, **kwargs)` is called with the module's own arguments; `base(...)` is the module with what is attached
+    below. It travels as an Addition, and the part that made it builds it again. strength: the addition's; 0 must be the base.
     """
 
     strength: float = 1.0
