@@ -1,8 +1,8 @@
 """[257] MixLoRA: a mixture of low-rank experts does better on several tasks at once than LoRA with as many parameters.
 
 Four new procedures, mixed evenly. MixLoRA: 4 experts of rank 2 over each MLP, 2 for a token; baseline: LoRA of rank 8 on the
-same maps (as many parameters, but for the routers). Both with LoRA of rank 2 on attention, each at its own best learning rate of
-those tried on another seed. Compared: mean accuracy on the four tasks. Recorded beside: MixLoRA without its balance term.
+same maps (as many parameters, but for the routers). Both with LoRA of rank 2 on attention, each at its own best learning rate,
+found on another seed. Compared: mean accuracy on the four tasks. Recorded beside: MixLoRA without its balance term.
 """
 
 from temperament.run.claims import Claim

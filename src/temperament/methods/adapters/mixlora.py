@@ -197,7 +197,7 @@ def mlps(base: Any) -> dict[str, dict[str, Any]]:
             found.setdefault(p.name.rpartition(".")[0], {})[p.role] = p
     whole = {n: places for n, places in found.items() if {"up", "down"} <= places.keys()}
     if not whole:
-        raise UserError("adapters.mixlora", "the base", "no MLP with up and down maps of their own was found; use adapters.lora")
+        raise UserError("adapters.mixlora", "the base", "no MLP with up and down maps of its own is there; use adapters.lora")
     return whole
 
 
