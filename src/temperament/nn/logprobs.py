@@ -250,6 +250,11 @@ def score(
     return result
 
 
+def response(model: Model, tokens: Tokens) -> Tensor:
+    """(rows,): log-probability of each row's weighted tokens, summed: what preference losses compare. Nats."""
+    return (score(model, tokens, label())["label"] * tokens.weights).sum(1)
+
+
 @dataclass
 class _State:
     """rows (n, H): inputs of the head; or (n, V): logits already, if `after` is None. straight: few enough for one piece."""
