@@ -23,7 +23,7 @@ HISTORY = {
     "lm": """
 The shipped weights came about in several stretches with the mixture adjusted between them (the first 4,000 steps had 40 rows;
 the worlds of retrieval got their final form at step 3,750, more text came at 5,700); the script trains the final mixture in one
-go. So the versions know early forms of `keys`, `notes`, `boxes`, `count` and of one phrasing of the facts, not the present ones.
+go. So the versions know early forms of `keys`, `notes`, `boxes`, `count` and of one phrasing of facts, not the present ones.
 """,
     "lm-instruct": """
 Trained in two stretches, the second with more of `judge`, `capitals` and `json`.
@@ -94,7 +94,8 @@ Apache-2.0; trained on procedural text and on docstrings of Python's standard li
 
 ## Training
 {start}{plan["steps"]:,} steps of {plan["rows"]} rows of {plan["length"]} tokens ({tokens:.1f} M in all),
-{plan["seconds"]:,.0f} s on CPU cores shared with other work; bfloat16 autocast, Muon (matrices) and AdamW (the rest), seed {plan["seed"]}; rebuilt by
+{plan["seconds"]:,.0f} s on CPU cores shared with other work;
+bfloat16 autocast, Muon (matrices) and AdamW (the rest), seed {plan["seed"]}; rebuilt by
 `python -m temperament.bases.train_lm {name}`. Rows hold whole documents, attention stays inside a document.
 Mixture (documents): {", ".join(f"{k} {v:g}" for k, v in plan["mixture"].items())}.
 {HISTORY.get(name, "")}
