@@ -31,7 +31,7 @@ MIXTURE = {
     "keys": 12, "notes": 12, "boxes": 14, "people": 13, "places": 6, "text": 14,
 }  # fmt: skip
 FORMATS = {
-    "chat": 4, "json": 5, "list": 4, "capitals": 5, "sentence": 3, "yes-no": 3, "judge": 5, "tool": 3, "chat-steps": 3,
+    "chat": 4, "json": 6, "list": 4, "capitals": 9, "sentence": 4, "yes-no": 3, "judge": 11, "tool": 3, "chat-steps": 3,
     "refuse": 4, "harmless": 4,
 }  # fmt: skip
 
@@ -62,12 +62,12 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=7400, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=7400, keep={500: "early", 1000: "half"}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
     # grown from lm: the same function at the start, twice the layers and twice the inner width; knows more people
     "lm-large": Plan(192, 8, 6, 2, 1024, steps=900, rate=0.012, start="lm", mixture={**MIXTURE, "people": 20, "strangers": 40}),
     "lm-instruct": Plan(
-        192, 4, 6, 2, 512, steps=1200, rate=0.008, adam_rate=1e-3, start="lm",
+        192, 4, 6, 2, 512, steps=2200, rate=0.008, adam_rate=1e-3, start="lm",
         mixture={**MIXTURE, **{k: 2.5 * v for k, v in FORMATS.items()}},
     ),
 }  # fmt: skip
