@@ -158,7 +158,7 @@ def test_names_inside_of_steps_are_told_apart_and_followed():
     (recipe(train(save={"keep": 0})), "keep must be at least 1"),
     (recipe(base=3), "base is 3"), (recipe(seeed=3), "did you mean 'seed'"), ({"steps": []}, "base is None: required"),
     (recipe(steps=3), "steps is 3"), (recipe(seed="0"), "seed is '0'"), (recipe(evaluation={"suites": ["merge.linear"]}), "takes a part of evaluate"),
-    (recipe({"name": "r", "rounds": {"times": 0, "steps": [train()]}}), "times must be at least 1"),
+    (recipe({"name": "r", "rounds": {"times": -1, "steps": [train()]}}), "times must be at least 0"),
     (recipe({"name": "r", "rounds": {"times": 2, "steps": []}}), "at least one step"),
 ], ids=lambda v: v[:40] if isinstance(v, str) else "")  # fmt: skip
 def test_what_cannot_be_is_named(broken, why):

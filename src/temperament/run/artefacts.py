@@ -85,7 +85,7 @@ class Folder:
         holds = list(self.path.iterdir()) if self.path.is_dir() else []
         if holds and not run and not (self.path / ".temperament").exists():
             raise UserError("--out", str(self.path), "the folder holds other files; name a new one")
-        begun = any((self.path / d).exists() for d in ("steps", "checkpoints"))
+        begun = any((self.path / d).exists() for d in ("steps", "checkpoints", "log.jsonl"))
         if begun and run.get("status") in ("running", "interrupted", "failed") and not (resume or fresh):
             raise UserError("--out", str(self.path), "it holds an unfinished run; add --resume to go on, --fresh to begin again, or name another folder")
         if resume and not run:

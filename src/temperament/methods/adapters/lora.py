@@ -38,6 +38,7 @@ class LoRAPiece(Piece):
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
         frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+        frozen = frozen and not torch.is_autocast_enabled(x.device.type)  # the node computes in one dtype
         if address is None and frozen and base.bare and not base.transposed and x.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
