@@ -45,6 +45,8 @@ def test_any_split_gives_the_same_loss_and_gradient(it, name, options):
 @pytest.mark.parametrize("name, options", [*variants("objectives"), *variants("regularizers")])
 def test_counts_are_known_before_and_add_up(it, name, options):
     part = parts.build({name: options})
+    if getattr(part, "per", "") == "step":
+        pytest.skip("counted once a step")
     whole = BATCHES[getattr(part, "batch", ("Tokens",))[0]](7)
     if hasattr(part, "prepare"):
         whole = part.prepare(whole, views(it))

@@ -26,7 +26,7 @@ def compare(**arms) -> Compare:
 
 
 def run(target=0.9, gain=50.0, loss=1.0, reached=True, **more):
-    return {"target": target, "gain": gain, "retained": 1 - loss / 100, "loss": loss, "near_loss": loss, "nll": 0.1, "kl": 0.2, "reached": reached,
+    return {"target": target, "gain": gain, "retained": 1 - (loss or 0) / 100, "loss": loss, "near_loss": loss, "nll": 0.1, "kl": 0.2, "reached": reached,
             "steps": 3, "seconds": 1.0, "parameters": 7, **more}  # fmt: skip
 
 
