@@ -6,8 +6,8 @@
     temper merge mergekit.yml --out models/ab            (a mergekit configuration as it is)
     temper merge merge.yaml --out runs/merged            (a recipe)
 
-Models are runs, adapters, deltas, or folders tuned from one base. The result is reloaded in a fresh process and compared before it is
-called done. A recipe whose steps merge is carried out as `temper tune` does, with its ledger.
+Models are runs, adapters, deltas, or folders tuned from one base. The result is reloaded in a fresh process and compared
+before it is called done. A recipe whose steps merge is carried out as `temper tune` does, with its ledger.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from temperament.delta.change import Change
+from temperament.delta.change import Change, Layout, LowRank
 
 
 def encode(signs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
@@ -78,3 +78,23 @@ class Rice(Change, kind="rice"):
 
     def difference(self, weight=None):
         return self.signs.float()
+
+
+@dataclass(frozen=True, eq=False)
+class CodedLowRank(Change, kind="rice_low_rank"):
+    """W + scale * B A with both factors as signs and a size: a compressed adapter."""
+
+    A: Rice
+    B: Rice
+    layout: Layout = "linear"
+
+    def plain(self) -> LowRank:
+        return LowRank(self.A.delta(), self.B.delta(), self.layout, scale=self.scale)
+
+    @property
+    def weight_shape(self):
+        shape = (self.B.shape[0], *self.A.shape[1:])
+        return tuple(shape if self.layout == "linear" else shape[::-1])
+
+    def difference(self, weight=None):
+        return LowRank(self.A.delta(), self.B.delta(), self.layout).difference(weight)

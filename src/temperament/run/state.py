@@ -14,12 +14,14 @@ from temperament.delta.combined import add
 
 @dataclass(frozen=True)
 class State:
-    """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept."""
+    """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept. stage: how many
+    train steps lie between the base and here."""
 
     key: str
     delta: Delta | None = None
     folder: Path | None = None
     data: dict[str, str] = field(default_factory=dict)  # data sets made by build steps, by step name
+    stage: int = 0
 
 
 def place_on(base: Base, state: State) -> Base:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from temperament.delta import Delta, LowRank, Rice
+from temperament.delta import CodedLowRank, Delta, Dense, LowRank, Rice
 from temperament.delta.merge_run import Engine, Held, surveyed, tensors_of
 from temperament.delta.merging import Block, Blockwise, Gather, Site
 from temperament.delta.selection import keep_from, kth_largest
@@ -66,10 +66,8 @@ class ComPEFT(Blockwise):
                 tensors |= {f"{name}:A": change.A, f"{name}:B": change.B}
             else:
                 tensors[name] = change.delta(source.read(name) if change.needs_weight else None)
-        held = Memory(tensors)
         zero = Memory({n: torch.zeros(1).expand(t.shape) for n, t in tensors.items()})
-        flat = Delta({n: _dense(held, n) for n in tensors})
-        engine = Engine(self, Held([flat], zero, "difference"))
+        engine = Engine(self, Held([Delta({n: Dense(t) for n, t in tensors.items()})], zero, "difference"))
         sites = surveyed(engine, {n: t.shape for n, t in tensors.items()}, 1, lambda name: 0.0)
         cut, size = sites[0].state if sites else (0.0, 0.0)
 
@@ -80,13 +78,7 @@ class ComPEFT(Blockwise):
             change = delta.changes[name]
             if not isinstance(change, LowRank):
                 return packed(name)
-            A, B = (packed(f"{name}:{k}").delta() for k in "AB")
-            return replace(change, A=A, B=B)
+            return CodedLowRank(packed(f"{name}:A"), packed(f"{name}:B"), change.layout, scale=change.scale)
 
         return replace(delta, changes={name: made(name) for name in sorted(delta.changes)})
 
-
-def _dense(held: Memory, name: str):
-    from temperament.delta import Dense
-
-    return Dense(held.read(name))

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from temperament.delta import Delta
 from temperament.delta.depth import block_of
 from temperament.delta.merging import Blockwise, Site
@@ -27,6 +25,7 @@ class HalfReset(Blockwise):
     the blocks (embeddings, head) keeps its change. Source: Hui et al. 2024, Half Fine-Tuning (paper 012), its pilot.
     """
 
+    space = "weights"
     fewest = most = 1
 
     share: float = 0.5  # share of the tensors that is reset
@@ -41,7 +40,7 @@ class HalfReset(Blockwise):
         return self.chosen([site.name for site in sites])
 
     def plan(self, site: Site):
-        return (lambda b: torch.zeros_like(b.x[0])) if site.name in site.state else (lambda b: b.x[0])
+        return (lambda b: b.base) if site.name in site.state else (lambda b: b.x[0])
 
     def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta:
         self.check(len(deltas))

@@ -132,6 +132,6 @@ def times(lr: Any, factor: float) -> Any:
 def _as_rate(old: Any, new: Any) -> Any:
     """A plain rate put into the recipe's own schedule; a schedule as it is."""
     if isinstance(new, (int, float)) and not isinstance(old, (int, float)):
-        top = next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
+        top = max(old.values) if hasattr(old, "values") else next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
         return times(old, new / top)
     return new
