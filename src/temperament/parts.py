@@ -102,8 +102,7 @@ def index() -> dict[str, str]:
 def get(name: str, field: str = "part") -> type:
     """The class of a part. Raises UserError with the nearest names when there is none."""
     known = index()
-    if name not in known:
-        raise UserError(field, name, f"no such part; {nearest(name, known)}")
+    must_be(name, None, field)
     module, _, attribute = known[name].partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
@@ -139,6 +138,13 @@ def _text_of(module: str) -> str:
         return Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
     except (ImportError, OSError, ValueError):
         return ""
+
+
+def must_be(name: str, slot: Any, field: str) -> None:
+    """Refuse a name that is no part, or none of this slot's rooms; without loading it."""
+    if name not in index():
+        raise UserError(field, name, f"no such part; {nearest(name, index())}")
+    _fits_room(name, slot, field)
 
 
 def names(room: str | None = None) -> list[str]:
@@ -244,7 +250,9 @@ def coerce(value: Any, hint: Any, field: str, scheduled: bool = False) -> Any:
             except UserError:
                 if not slots and a is plain_types[-1]:
                     raise
-        return coerce(value, slots[0], field, scheduled)
+        # A part, or parts by word ({Pairs: objectives...}): names of parts have a dot.
+        words = isinstance(value, Mapping) and not any("." in str(k) for k in value)
+        return coerce(value, next((a for a in slots if (typing.get_origin(a) is dict) == words), slots[0]), field, scheduled)
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else fill(hint, value, field, scheduled)
     if origin is list or (origin is tuple and len(args) == 2 and args[1] is Ellipsis):

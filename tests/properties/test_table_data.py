@@ -16,6 +16,7 @@ from tiny import context, live, seed, shake, tiny, write_rows
 from temperament import parts
 from temperament.bases import worlds
 from temperament.bases.load import load
+from temperament.engine.responses import judged
 from temperament.engine.tokens import Sampling, generate
 from temperament.errors import UserError
 from temperament.protocols import Progress
@@ -45,7 +46,7 @@ def equal(a, b) -> bool:
     return all(equal(getattr(a, k), getattr(b, k)) for k in vars(a)) if hasattr(a, "__dataclass_fields__") else a == b
 
 
-SOURCES = [p for p in variants("data") if "folder_images" not in p.id]
+SOURCES = [p for p in variants("data") if hasattr(parts.get(p.values[0]), "open")]
 
 
 @pytest.mark.parametrize("name, options", SOURCES)
@@ -158,10 +159,11 @@ def test_behaviour_is_the_log_prob_of_what_was_sampled(base):
 def test_rewards_are_weighted_and_what_does_not_apply_adds_nothing(base):
     weights = [2.0, 0.5]
     stream = rolling(base, seed(), rewards=["rewards.lab", {"rewards.pattern": {"pattern": "."}}], weights=weights)
-    ids = [base.tokenizer(stream.prompts[0].meta["answer"])["input_ids"], base.tokenizer("no")["input_ids"], []]
-    assert stream.score([0, 0, 0], ids) == [2.5, 0.5, 0.0]
+    marks = lambda stream, texts: judged(stream.spec.rewards, stream.spec.weights, stream.prompts[0], texts)
+    texts = [stream.prompts[0].meta["answer"], "no", ""]
+    assert marks(stream, texts) == [2.5, 0.5, 0.0]
     silent = rolling(base, seed(), prompts={"data.lab": {"skills": ["copy"], "rows": 5}}, rewards=["rewards.number"])
-    assert stream.spec.weights == weights and set(silent.score([0] * 3, ids)) == {0.0}
+    assert marks(silent, texts) == [0.0] * 3
     with pytest.raises(UserError, match="as many weights"):
         rolling(base, 0, weights=[1.0, 1.0])
     with pytest.raises(UserError, match="multiple of the group"):

@@ -12,9 +12,9 @@ weights of training); nothing but safetensors is read, and remote code stays off
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from temperament.delta import Delta, identity
+from temperament import parts
+from temperament.delta import Addition, Delta, identity
 from temperament.errors import UserError, nearest
+from temperament.nn.pieces import Switch, attach
 
 LAB = Path(__file__).parent / "lab"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +40,8 @@ class Base:
     sha256: dict[str, str] = field(default_factory=dict)
     suites: list[Any] = field(default_factory=list)  # parts that measure what this base is meant to know
     originals: dict[str, Tensor] = field(default_factory=dict)  # what applied deltas replaced: the pure base's tensors
+    switch: Switch = field(default_factory=Switch)  # of the modules that applied deltas added
+    hung: list[Callable[[], None]] = field(default_factory=list)  # what takes each of them away
 
     def __post_init__(self):
         _ = self._slots  # found while every parameter is in its place; versions swap them later
@@ -80,7 +84,7 @@ class Base:
 
     @torch.no_grad()
     def apply(self, delta: Delta, strength: float = 1.0) -> None:
-        """Add a delta to the live weights, keeping what it replaces in `originals`."""
+        """Add a delta to the live weights, keeping what it replaces in `originals`; what it adds is built by its parts."""
         known = dict(self.parameters())
         for name, change in delta.changes.items():
             if name not in known:
@@ -88,6 +92,26 @@ class Base:
             p = known[name]
             self.originals.setdefault(name, p.detach().clone())
             p.data = change.scaled(strength * delta.strength).apply(p.detach()).to(p)
+        for name, addition in delta.additions.items():
+            if addition.ship:
+                self._hang(name, replace(addition, strength=addition.strength * delta.strength * strength))
+
+    def _hang(self, name: str, addition: Addition) -> None:
+        """Build an added module by its part and attach it; it is frozen, and off where the base is asked for."""
+        part = parts.build({addition.part: dict(addition.config)}, field=f"delta.{name}")
+        module, around = part.rebuild(self, name, addition)
+        around.strength = addition.strength
+        around.to(next(module.parameters()).device).requires_grad_(False)
+        self.hung.append(attach(module, around, self.switch))
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Without the modules that applied deltas added."""
+        was, self.switch.on = self.switch.on, False
+        try:
+            yield
+        finally:
+            self.switch.on = was
 
     @contextmanager
     def at(self, version: str = "live") -> Iterator[nn.Module]:
@@ -100,7 +124,8 @@ class Base:
                     for table, key in found[name]:
                         undo.append((table, key, table[key]))
                         table[key] = tensor
-            yield self.model
+            with self.bare() if version == "base" else nullcontext():
+                yield self.model
         finally:
             for table, key, old in undo:
                 table[key] = old
@@ -108,6 +133,8 @@ class Base:
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the pure base."""
+        while self.hung:
+            self.hung.pop()()
         known = dict(self.parameters())
         for name, tensor in self.originals.items():
             known[name].data = tensor.clone()

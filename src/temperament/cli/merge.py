@@ -5,8 +5,8 @@
     temper merge models/a models/b --base Qwen/Qwen2.5-0.5B --method merge.linear --out models/ab --as delta
     temper merge merge.yaml --out runs/merged
 
-Models are runs, adapters, deltas, or folders tuned from one base. The result is reloaded in a fresh process and compared before it is
-called done. A recipe whose steps merge is carried out as `temper tune` does, with its ledger.
+Models are runs, adapters, deltas, or folders tuned from one base. The result is reloaded in a fresh process and compared
+before it is called done. A recipe whose steps merge is carried out as `temper tune` does, with its ledger.
 """
 
 from __future__ import annotations

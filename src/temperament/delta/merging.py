@@ -79,8 +79,12 @@ class Site:
         """Elements of a row: all that belongs to one index of the first axis; a vector is one row."""
         return self.numel // self.shape[0] if len(self.shape) > 1 and self.shape[0] else self.numel
 
+    @property
+    def bare(self) -> str:
+        return self.name.split("/", 1)[-1]
+
     def one(self, setting: Setting, of: str = "") -> float:
-        return evaluate(setting, self.name, self.depth, f"{self.method}.{of}" if of else self.method)
+        return evaluate(setting, self.bare, self.depth, f"{self.method}.{of}" if of else self.method)
 
     def each(self, settings: Settings, of: str = "", default: float = 1.0) -> list[float]:
         """A value a model: one number for all, or a list with one setting a model; an empty list: the default."""
@@ -89,7 +93,7 @@ class Site:
             settings = [default if isinstance(settings, list) else settings] * self.models
         if len(settings) != self.models:
             raise UserError(name, settings, f"{self.models} models are merged; give as many values")
-        return [evaluate(s, self.name, self.depth, name) for s in settings]
+        return [evaluate(s, self.bare, self.depth, name) for s in settings]
 
     def spans(self) -> list[tuple[int, int]]:
         """(start, stop) of its blocks: whole rows or the whole tensor where the method's grain asks for it."""

@@ -10,9 +10,11 @@ switch off the model *is* the base, bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,19 @@ class Piece(nn.Module):
         return base(x) + base.map(x, self.change().delta(base.weight))
 
 
+class Around(nn.Module):
+    """Something put around a module - a place, an MLP, an attention - that is no change of a weight.
+
+    `forward(base, *args, **kwargs)` is called with the module's own arguments; `base(...)` is the module with what is attached
+    below. It travels as an Addition, and the part that made it builds it again. strength: the addition's; 0 must be the base.
+    """
+
+    strength: float = 1.0
+
+    def forward(self, base: Under, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Under:
     """What lies under a piece at a place: callable, with the base's own weight and bias at hand.
@@ -39,7 +54,7 @@ class Under:
     """
 
     module: nn.Module
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]
     bare: bool
 
     @property
@@ -65,8 +80,8 @@ class Under:
             return m._conv_forward(x, weight, None)
         return F.linear(x, weight.T if self.transposed else weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.call(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
 
 @dataclass
@@ -76,11 +91,21 @@ class Switch:
     on: bool = True
 
 
-def attach(module: nn.Module, piece: Piece, switch: Switch) -> Callable[[], None]:
+_numbers = itertools.count()  # of all that is ever attached
+
+
+def arounds(model: nn.Module) -> tuple[int, ...]:
+    """What now lies around the modules of a model and takes part: a measurement of the model holds for one such state."""
+    links = (link for m in model.modules() for link in m.__dict__.get("_pieces", ()))
+    return tuple(piece.__dict__["_number"] for piece, switch in links if switch.on and isinstance(piece, Around))
+
+
+def attach(module: nn.Module, piece: Piece | Around, switch: Switch) -> Callable[[], None]:
     """Put `piece` over `module`, above whatever is attached already. Returns the function that takes it away."""
     chain = module.__dict__.setdefault("_pieces", [])
     if not chain:
         module.__dict__["forward"] = partial(_through, module, type(module).forward.__get__(module), chain)
+    piece.__dict__["_number"] = next(_numbers)
     link = (piece, switch)
     chain.append(link)
 
@@ -93,12 +118,13 @@ def attach(module: nn.Module, piece: Piece, switch: Switch) -> Callable[[], None
     return detach
 
 
-def _through(module: nn.Module, inner: Callable, chain: list, x: Tensor) -> Tensor:
+def _through(module: nn.Module, inner: Callable, chain: list, *args: Any, **kwargs: Any) -> Any:
     links = [piece for piece, switch in chain if switch.on]
 
-    def call(x: Tensor, k: int) -> Tensor:
+    def call(k: int, args: tuple, kwargs: dict) -> Any:
         if k < 0:
-            return inner(x)
-        return links[k](x, Under(module, lambda y: call(y, k - 1), bare=k == 0))
+            return inner(*args, **kwargs)
+        under = Under(module, lambda *a, **kw: call(k - 1, a, kw), bare=k == 0)
+        return links[k](args[0], under) if isinstance(links[k], Piece) else links[k](under, *args, **kwargs)
 
-    return call(x, len(links) - 1)
+    return call(len(links) - 1, args, kwargs)

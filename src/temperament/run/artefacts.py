@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Folder:
         holds = list(self.path.iterdir()) if self.path.is_dir() else []
         if holds and not run and not (self.path / ".temperament").exists():
             raise UserError("--out", str(self.path), "the folder holds other files; name a new one")
-        if run.get("status") in ("running", "interrupted", "failed") and not (resume or fresh):
+        begun = any((self.path / d).exists() for d in ("steps", "checkpoints", "log.jsonl"))
+        if begun and run.get("status") in ("running", "interrupted", "failed") and not (resume or fresh):
             raise UserError("--out", str(self.path), "it holds an unfinished run; add --resume to go on, --fresh to begin again, or name another folder")
         if resume and not run:
             raise UserError("--resume", str(self.path), "no run to go on with is in this folder; leave --resume out")
@@ -103,7 +104,7 @@ class Folder:
     def run(self) -> dict[str, Any]:
         try:
             return json.loads((self.path / "run.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as problem:
             raise UserError("run", str(self.path / "run.json"), f"it cannot be read ({problem}); name another folder") from None
@@ -169,15 +170,35 @@ class Folder:
         if not self.write:
             yield (lambda row: None), (lambda: None)
             return
-        with open(self.path / "log.jsonl", "a", encoding="utf-8", buffering=1 << 16) as f:
+        full = lambda problem: WorkFailed(f"{path} could not be written ({problem.strerror}); free space, then resume with --resume.")
+        path = self.path / "log.jsonl"
+        try:
+            f = open(path, "a", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 - closed below, where it may fail
+        except OSError as problem:
+            raise full(problem) from None
 
-            def append(row: dict[str, Any]) -> None:
-                try:
-                    f.write(json.dumps({"stage": name, **row}) + "\n")
-                except OSError as problem:
-                    raise WorkFailed(f"{self.path / 'log.jsonl'} could not be written ({problem.strerror}); free space, then resume with --resume.") from None
+        def append(row: dict[str, Any]) -> None:
+            try:
+                f.write(json.dumps({"stage": name, **row}) + "\n")
+            except OSError as problem:
+                raise full(problem) from None
 
-            yield append, f.flush
+        def flush() -> None:
+            try:
+                f.flush()
+            except OSError as problem:
+                raise full(problem) from None
+
+        try:
+            yield append, flush
+        except BaseException:
+            with suppress(OSError):
+                f.close()
+            raise
+        try:
+            f.close()
+        except OSError as problem:
+            raise full(problem) from None
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,9 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
             raise UserError("--as", "adapter", "this change is not low-rank, so adapter loaders cannot hold it; use --as merged, or `temper extract` for a low-rank approximation")
         write_peft(delta, to, base=base.model, base_model=base.id, task_type="CAUSAL_LM")
         return certify_and_record(base, delta, to, as_)
+    added = sorted(n for n, a in delta.additions.items() if a.ship)
+    if added:
+        raise UserError("--as", "merged", f"it adds a module ({added[0]}), which merges {delta.merges[added[0]]}; use --as delta")
     base.reset()
     base.apply(delta)
     part = to.with_name(f".{to.name}.part")

@@ -14,7 +14,9 @@ from temperament.protocols import Merge
 from temperament.run.export import delta_of, export_delta
 
 
-def merge(models: Sequence[str], out: str | Path, *, method: Any = "merge.linear", base: str | None = None, as_: str = "merged") -> dict[str, Any]:
+def merge(
+    models: Sequence[str], out: str | Path, *, method: Any = "merge.linear", base: str | None = None, as_: str = "merged"
+) -> dict[str, Any]:
     """Merge runs, adapters, deltas or tuned model folders into `out`; returns what was made and its certificate.
 
     base: what they were all tuned from; runs and adapters say so themselves.
@@ -25,7 +27,9 @@ def merge(models: Sequence[str], out: str | Path, *, method: Any = "merge.linear
     named = {m: named_base(m) for m in models}
     known = {b for b in named.values() if b}
     if base is None and len(known) > 1:
-        raise UserError("models", sorted(known), "they were tuned from different bases; merge models of one base, or name it with --base")
+        raise UserError(
+            "models", sorted(known), "they were tuned from different bases; merge models of one base, or name it with --base"
+        )
     if base is None and not known:
         raise UserError("--base", None, "none of the models says what it was tuned from; name the base")
     loaded = load(base or known.pop(), field="--base")
@@ -33,7 +37,15 @@ def merge(models: Sequence[str], out: str | Path, *, method: Any = "merge.linear
     merged = built.merge(dict(loaded.parameters()), deltas)
     certificate = export_delta(loaded, merged, Path(out), as_)
     size = {"parameters": merged.parameters, "bytes": merged.bytes, "digest": merged.digest}
-    return {"out": str(out), "as": as_, "base": loaded.id, "models": list(models), "method": parts.plain(built), "delta": size, "certificate": certificate}
+    return {
+        "out": str(out),
+        "as": as_,
+        "base": loaded.id,
+        "models": list(models),
+        "method": parts.plain(built),
+        "delta": size,
+        "certificate": certificate,
+    }
 
 
 def named_base(model: str) -> str | None:
@@ -48,5 +60,7 @@ def named_base(model: str) -> str | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError("model", str(folder / file), "it does not say which base it belongs to; name it with --base") from None
+            raise UserError(
+                "model", str(folder / file), "it does not say which base it belongs to; name it with --base"
+            ) from None
     return None

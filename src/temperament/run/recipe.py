@@ -16,19 +16,39 @@ The classes below *are* the schema: their fields, defaults and comments are what
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from temperament.errors import UserError, nearest
-from temperament.parts import build, fill, plain
-from temperament.protocols import Aide, Builder, Decode, Merge, Objective, Optimizer, Regularizer, Source, Suite, Trainable
+from temperament.parts import build, fill, index, must_be, plain
+from temperament.protocols import (
+    Aide,
+    Builder,
+    Decode,
+    Diagnosis,
+    Merge,
+    Objective,
+    Optimizer,
+    Regularizer,
+    Shape,
+    Source,
+    Suite,
+    Trainable,  # fmt: skip
+)
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 LIMIT = 1 << 20  # bytes of a recipe file
+
+
+def at_least(spec: Any, **smallest: int) -> None:
+    for name, least in smallest.items():
+        if getattr(spec, name) < least:
+            raise ValueError(f"{name} must be at least {least}, not {getattr(spec, name)}")
 
 
 def _part(spec: Any, slot: type):
@@ -48,12 +68,18 @@ class Stop:
     every: int = 25  # steps between two looks
     items: int = 100  # items looked at
 
+    def __post_init__(self):
+        at_least(self, every=1, items=1)
+
 
 @dataclass(frozen=True)
 class Save:
     seconds: float = 60.0  # a checkpoint at least this often
     steps: int = 0  # and every so many steps; 0: by time only
     keep: int = 2  # checkpoints kept; the newest whole one is used
+
+    def __post_init__(self):
+        at_least(self, steps=0, keep=1)
 
 
 @dataclass(frozen=True)
@@ -89,9 +115,9 @@ class Train:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
-        for name in ("batch", "micro"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        at_least(self, batch=1, micro=1)
+        if not self.trainable:
+            raise ValueError("trainable is empty: name a selection or an adapter")
         if (self.steps or 0) < 0 or (self.epochs or 0) < 0:
             raise ValueError("steps and epochs must not be negative")
 
@@ -123,9 +149,9 @@ class Rounds:
     until: Until | None = None  # stop rule, looked at after each round
 
     def __post_init__(self):
-        names = [s.name or s.kind for s in self.steps]
-        if self.times < 0 or len(set(names)) < len(names) or any("/" in n for n in names):
-            raise ValueError(f"times must not be negative, and the steps of a round need unlike names without '/', not {names}")
+        at_least(self, times=0)
+        if not self.steps:
+            raise ValueError("rounds need at least one step")
 
 
 @dataclass(frozen=True)
@@ -160,8 +186,6 @@ class Step:
         given = [k for k in self.KINDS if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"a step is exactly one of {', '.join(self.KINDS)}; this one is {' and '.join(given) or 'none'}")
-        if self.name and not all(NAME.fullmatch(word) for word in self.name.split("/")):  # rounds join names: spin/2/pairs
-            raise ValueError(f"the step name {self.name!r} becomes a folder; use letters, digits, '_', '-', '.' (at most 64)")
 
     @property
     def kind(self) -> str:
@@ -175,6 +199,11 @@ class Dial:
     budget: float = 0.5  # percentage points the retained skills may lose on average
     items: int = 60  # items a skill
 
+    def __post_init__(self):
+        at_least(self, items=1)
+        for name in self.shape:
+            must_be(name, Shape, "evaluation.dial.shape")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -186,6 +215,11 @@ class Evaluation:
     every: int = 0  # steps between evaluations while training; 0: none
     dial: Dial | None = None  # sweep the strength of the change at the end
     diagnose: list[str] = field(default_factory=lambda: ["diagnose.intruder_dimensions"])  # diagnoses of the final change
+
+    def __post_init__(self):
+        at_least(self, items=1, batch=1, every=0)
+        for name in self.diagnose:
+            must_be(name, Diagnosis, "evaluation.diagnose")
 
 
 @dataclass(frozen=True)
@@ -217,43 +251,127 @@ def read(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[st
     to the current folder."""
     if isinstance(source, Recipe):
         source = source.plain()
-    document = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    document = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _override(document, override)
     return _named(fill(Recipe, document, ""))
 
 
 def _named(recipe: Recipe) -> Recipe:
-    """Every step gets its name; two of the same name are refused."""
-    from dataclasses import replace
-
-    steps, seen = [], set()
-    for i, step in enumerate(recipe.steps):
-        name = step.name or f"{step.kind}-{i + 1}"
-        if "/" in name:
-            raise UserError(f"steps[{i}].name", name, "the step name becomes a folder; use letters, digits, '_', '-', '.'")
-        if name in seen or name in ("base", "previous", "start"):
-            raise UserError(f"steps[{i}].name", name, "already taken; give each step its own name")
-        seen.add(name)
-        if step.start not in ("previous", "base", *(s.name for s in steps)):
-            raise UserError(f"steps[{i}].start", step.start, f"not a step before this one; {nearest(step.start, ['previous', 'base', *(s.name for s in steps)])}")
-        _readable(step, name, {s.name for s in steps})
-        steps.append(replace(step, name=name))
+    """Every step gets its name, those inside of rounds too; names and references that cannot be are refused."""
+    steps = _names(_default_names(recipe.steps), "steps", [])
+    for train in (s.train for s in walk_steps(steps) if s.train):
+        if train.keep == "ema" and train.ema is None:
+            raise UserError("train.keep", "ema", "no running mean is kept; give its decay, e.g. ema: 0.99")
+        if train.keep == "best" and not (train.stop or recipe.evaluation.every):
+            raise UserError("train.keep", "best", "nothing is looked at while training; set evaluation.every, or train.stop")
+    _readable(steps, set())
     return replace(recipe, steps=steps)
 
 
-def _readable(step: Step, name: str, before: set[str]) -> None:
+def _readable(steps: list[Step], before: set[str]) -> None:
     """Every step that a part reads (its `inputs`) stands before it, outside or in the same round."""
     from temperament.run.artefacts import walk_all
 
-    for inner in step.rounds.steps if step.rounds else ():
-        _readable(inner, f"{name}/{inner.name or inner.kind}", before)
-        before = {*before, inner.name or inner.kind}
-    for spec in (step.train, step.build):
-        for p in walk_all(spec) if spec else ():
-            for read in getattr(p, "inputs", ()):
-                if read not in before:
-                    raise UserError(f"{name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}")
+    for step in steps:
+        if step.rounds:
+            _readable(step.rounds.steps, before | {s.name for s in step.rounds.steps})
+        for spec in (step.train, step.build):
+            for p in walk_all(spec) if spec else ():
+                for read in getattr(p, "inputs", ()):
+                    if read not in before:
+                        raise UserError(f"{step.name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}")
+        before = before | {step.name}
+
+
+def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
+    from temperament.run.artefacts import walk_all
+
+    made: list[Step] = []
+    for i, step in enumerate(steps):
+        name, before = step.name, [*outer, *(s.name for s in made)]
+        if not NAME.fullmatch(name):
+            raise UserError(f"{where}[{i}].name", name, "it becomes a folder; use letters, digits, '_', '-' and '.', at most 64")
+        if name in before or name in ("base", "previous", "start", "inference"):
+            raise UserError(f"{where}[{i}].name", name, "already taken; give each step its own name")
+        holder = next((s.name for s in made if (s.rounds or s.foreach) and name.startswith(s.name + ".")), None)
+        if holder:
+            raise UserError(f"{where}[{i}].name", name, f"names that begin with '{holder}.' belong to the steps inside of {holder!r}; choose another")
+        for key, of in (("start", [step.start]), ("merge.of", step.merge.of if step.merge else [])):
+            for k in of:
+                if k in ("previous", "base", *before) or (key == "merge.of" and (Path(k).exists() or re.split(r"[./]", k)[0] in before)):
+                    continue
+                what = "not a step before this one" if key == "start" else "neither a step before this one nor a folder"
+                raise UserError(f"{where}[{i}].{key}", k, f"{what}; {nearest(k, ['previous', 'base', *before] if key == 'start' else before)}")
+        for part in (p for spec in (step.train, step.build) if spec for p in walk_all(spec)):
+            for k in getattr(part, "inputs", ()):  # steps that a part reads
+                if k not in before:
+                    raise UserError(f"{where}[{i}].{type(part).part_name}", k, f"not a step before this one; {nearest(k, before)}")
+        if step.rounds:
+            step = replace(step, rounds=replace(step.rounds, steps=_names(step.rounds.steps, f"{where}[{i}].rounds.steps", [*before, name])))
+        if step.foreach:
+            unrolled(step)
+            _names(_templates(step, 0), f"{where}[{i}].foreach.steps", [*before, name])
+        made.append(step)
+    return made
+
+
+def _default_names(steps: list[Step]) -> list[Step]:
+    named = lambda r: r and replace(r, steps=_default_names(r.steps))
+    return [replace(s, name=s.name or f"{s.kind}-{i + 1}", rounds=named(s.rounds)) for i, s in enumerate(steps)]
+
+
+# ---- steps inside of steps ---------------------------------------------------------------------------------------------------
+
+
+def walk_steps(steps: Iterable[Step]) -> Iterator[Step]:
+    """Every step, those of rounds (once) and of foreach (for each value) included."""
+    for step in steps:
+        yield step
+        if step.rounds:
+            yield from walk_steps(step.rounds.steps)
+        if step.foreach:
+            yield from walk_steps(unrolled(step))
+
+
+def inside(steps: list[Step], prefix: str) -> list[Step]:
+    """Steps under the name of what holds them; what they say of each other follows."""
+    mine = {s.name for s in steps}
+
+    def moved(step: Step) -> Step:
+        there = lambda n: prefix + n if n in mine else n
+        merge = step.merge and replace(step.merge, of=[there(n) for n in step.merge.of])
+        rounds = step.rounds and replace(step.rounds, steps=[moved(s) for s in step.rounds.steps])
+        return replace(step, start=there(step.start), merge=merge, rounds=rounds)
+
+    return [replace(moved(s), name=prefix + s.name) for s in steps]
+
+
+def unrolled(step: Step) -> list[Step]:
+    """The steps of a foreach, with {name} replaced; named STEP.1.INNER, STEP.2.INNER, ..."""
+    values = step.foreach.values
+    lengths = {len(v) for v in values.values()}
+    if len(lengths) != 1 or not max(lengths):
+        raise UserError(f"{step.name or 'foreach'}.foreach.values", values, "give at least one list of values, all of the same length")
+    return [s for i in range(lengths.pop()) for s in inside(_templates(step, i), f"{step.name}.{i + 1}.")]
+
+
+def _templates(step: Step, i: int) -> list[Step]:
+    here = {n: v[i] for n, v in step.foreach.values.items()}
+    made = [fill(Step, _filled(t, here), f"{step.name}.foreach.steps[{k}]".lstrip(".")) for k, t in enumerate(step.foreach.steps)]
+    return _default_names(made)
+
+
+def _filled(value: Any, here: dict[str, Any]) -> Any:
+    if isinstance(value, str):
+        for name, v in here.items():
+            if value == "{" + name + "}":
+                return v
+            value = value.replace("{" + name + "}", str(v))
+        return value
+    if isinstance(value, Mapping):
+        return {_filled(k, here): _filled(v, here) for k, v in value.items()}
+    return [_filled(v, here) for v in value] if isinstance(value, list) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -282,7 +400,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+
 def parse_yaml(text: str, field: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:  # tags such as !!int x
         reason = " ".join(str(getattr(problem, "problem", None) or problem).split())
         mark = getattr(problem, "problem_mark", None)
         raise UserError(field, f"line {mark.line + 1}" if mark else text[:60], f"this is no plain YAML ({reason[:160]})") from None
@@ -308,33 +426,41 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(document: dict[str, Any], override: str) -> None:
     """`steps.0.train.optimizer.optim.adamw.lr=1e-4`, or by step name: `sft.train.steps=50`. Part names may be walked with their dots."""
     path, eq, text = override.partition("=")
-    if not eq or not path:
+    if not eq or not all(path.split(".")):
         raise UserError("--set", override, "write key=value, e.g. steps.0.train.steps=100")
     value, here, done = parse_yaml(text, "--set") if text else None, document, ""
     keys = path.split(".")
+    named = [s for s in document.get("steps") or () if isinstance(s, dict) and s.get("name")] if isinstance(document.get("steps"), list) else []
     while keys:
-        # The longest run of remaining words that is a key here: part names contain dots.
-        took = next((n for n in range(len(keys), 0, -1) if isinstance(here, dict) and ".".join(keys[:n]) in here), 1)
-        key: Any = ".".join(keys[:took])
-        keys = keys[took:]
-        if isinstance(here, list):
-            names = {s.get("name"): i for i, s in enumerate(here) if isinstance(s, dict)}
-            key = names.get(key, int(key) if key.isdigit() else None)
-            if key is None or key >= len(here):
-                raise UserError("--set", override, f"{done or 'the list'} has {len(here)} entries and none is {path.split('.')[0]!r}")
-        elif isinstance(here, dict) and not done and key not in here and any(isinstance(s, dict) and s.get("name") == key for s in here.get("steps", ())):
-            here, keys, key = here["steps"], [key, *keys], None
-        if key is None:
+        if here is document and keys[0] not in document and (found := next((s for s in named if s["name"] == _first(keys, [s["name"]])), None)):
+            keys, here, done = keys[found["name"].count(".") + 1 :], found, found["name"]
+            if not keys:
+                raise UserError("--set", override, "this names a whole step; say which of its keys, e.g. " + done + ".train.steps=100")
             continue
+        if isinstance(here, list):
+            steps = {s["name"]: i for i, s in enumerate(here) if isinstance(s, dict) and isinstance(s.get("name"), str)}
+            key: Any = _first(keys, steps)
+            keys = keys[key.count(".") + 1 :]
+            at = steps.get(key, int(key) if key.isdecimal() and len(key) < 6 else -1)
+            if not 0 <= at < len(here):
+                raise UserError("--set", override, f"{done or 'the list'} has {len(here)} entries and none is {key!r}")
+            key = at
+        else:
+            # Names of parts contain dots; a part that is not written out yet is found in the registry.
+            key = _first(keys, here) if _first(keys, here) in here else _first(keys, index())
+            keys = keys[key.count(".") + 1 :]
         if not keys:
-            if not isinstance(here, (dict, list)):
-                raise UserError("--set", override, f"{done!r} is not a mapping")
             here[key] = value
             return
-        if isinstance(here, dict) and isinstance(here.get(key), str) and keys:
+        if isinstance(here[key] if isinstance(here, list) else here.get(key), str):
             here[key] = {here[key]: {}}  # a part given by its bare name gets options
         elif isinstance(here, dict) and here.get(key) is None:
             here[key] = {}
         done, here = f"{done}.{key}".lstrip("."), here[key]
         if not isinstance(here, (dict, list)):
             raise UserError("--set", override, f"{done!r} is {here!r}, not a mapping")
+
+
+def _first(keys: list[str], known: Iterable[str]) -> str:
+    """The longest run of leading words that is known, else the first word."""
+    return next((k for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in known), keys[0])

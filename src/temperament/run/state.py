@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ from temperament.delta.combined import add
 
 @dataclass(frozen=True)
 class State:
-    """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept."""
+    """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept. stage: how many
+    train steps lie between the base and here."""
 
     key: str
     delta: Delta | None = None
     folder: Path | None = None
     data: dict[str, str] = field(default_factory=dict)  # data sets made by build steps, by step name
+    stage: int = 0
 
 
 def place_on(base: Base, state: State) -> Base:
@@ -50,4 +52,7 @@ def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
             whole = change.apply(old.scaled(before.strength).apply(base.originals.get(name, known[name].detach())))
             sparse = isinstance(old, Sparse) and isinstance(change, Sparse)
             changes[name] = Sparse.at(whole, torch.cat([old.indices, change.indices]).unique()) if sparse else Replace(whole)
-    return Delta(changes, {**before.additions, **step.additions}, {**before.buffers, **step.buffers}, base=before.base or step.base)
+    additions = {n: replace(a, strength=a.strength * before.strength) for n, a in before.additions.items()}
+    for name, addition in step.additions.items():  # two steps may add at one place: the later lies above
+        additions[name if name not in additions else f"{name}+{sum(n.partition('+')[0] == name for n in additions)}"] = addition
+    return Delta(changes, additions, {**before.buffers, **step.buffers}, base=before.base or step.base)

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
         others[name] = own
         its = _player(name, own, more.optimizer, more.objective, more.regularizers, Views(own, ctx.world, spec.micro, ctx.seed, others), spec, ctx)
         its.every, its.from_step = more.every, more.from_step
+        its.ema = its.ema if own is not live else None  # one mean of one trainable
         players.append(its)
     return players
 
@@ -117,10 +118,12 @@ def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizer
     needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
-    if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):
+    if "start" in needs and any(not _zero(p) for part in live.parts for _, p in part.attached()):
         live.mark("start")
     if "ema" in needs and spec.ema is None:
         raise UserError("train.ema", None, "a part reads the version `ema`; give its decay, e.g. ema: 0.99")
+    if spec.ema is not None and "ema" not in live.versions:
+        live.mark("ema")  # the mean begins where the step does, so a part may read it in the first update
     return player
 
 
@@ -147,10 +150,12 @@ def run_train(
     look: Callable[[Live, int], dict[str, float]],
     tell: Callable[..., None],
     every: int = 0,
+    less: Container[str] = (),
 ) -> Trained:
-    """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress."""
+    """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress; of the skills in `less`
+    less is better."""
     with in_training(spec, ctx) as players:
-        return _trained(spec, ctx, players, folder, name, key, look, tell, every)
+        return _trained(spec, ctx, players, folder, name, key, look, tell, every, less)
 
 
 @contextlib.contextmanager
@@ -174,29 +179,27 @@ def in_training(spec: Train, ctx: Context):
 
 
 def _trained(
-    spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int
+    spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int, less: Container[str]
 ) -> Trained:
-    if spec.keep == "ema" and spec.ema is None:
-        raise UserError(f"{name}.train.keep", "ema", "no running mean is kept; give its decay, e.g. ema: 0.99")
-    if spec.keep == "best" and not (spec.stop or every):
-        raise UserError(f"{name}.train.keep", "best", "nothing is measured while training; give evaluation.every or a stop")
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
     kinds = {k for p in players for k in p.objectives}
     if not kinds & set(stream_kinds := getattr(stream, "yields", None) or spec.source.yields):
         raise UserError(f"{name}.train.objective", sorted(kinds), f"the source yields {', '.join(stream_kinds)}; choose an objective for that")
-    place = folder.path / "checkpoints" / name.replace("/", ".")
+    place, live = folder.path / "checkpoints" / name.replace("/", "."), players[0].live
     start, memory = _take_up(place, key, players, stream, tell)
     folder.log_cut(name, start)
     saved, tokens, seconds = time.monotonic(), memory.get("tokens", 0), memory.get("seconds", 0.0)
-    stopped, best = memory.get("stopped", ""), memory.get("best")
+    stopped, best = memory.get("stopped", ""), memory.get("best")  # best: [value, step] of the best look
+    better = lambda skill, a, b: a <= b if skill in less else a >= b
 
     def save(done: int) -> None:
         nonlocal saved
         saved = time.monotonic()
         flush()
         if folder.write:
-            _save(place, done, players, stream, {"key": key, "tokens": tokens, "seconds": seconds, "stopped": stopped, "best": best}, spec.save.keep)
+            memory = {"key": key, "tokens": tokens, "seconds": seconds, "stopped": stopped, "best": best}
+            _save(place, done, players, stream, memory, spec.save.keep)
         ctx.world.wait()
 
     def record(row: dict[str, Any]) -> None:
@@ -205,20 +208,25 @@ def _trained(
         append(row)
         tell("step", name=name, total=total, **row)
 
+    def looked(done: int, items: int, skill: str | None) -> dict[str, float]:
+        nonlocal best
+        values = look(live, items)
+        append({"step": done, "skills": values})
+        tell("look", name=name, step=done, skills=values)
+        if spec.keep == "best" and skill and (best is None or not better(skill, best[0], values[skill])):
+            best = [values[skill], done]
+            live.mark("best")
+        return values
+
     def after(done: int) -> bool:
-        nonlocal stopped, best
-        stop = spec.stop
-        for period, items, watched in ((stop.every, stop.items, stop) if stop else (0, 0, None), (every, 0, None)):
-            if period and done % period == 0 and not stopped:
-                values = look(players[0].live, items)
-                append({"step": done, "skills": values})
-                tell("look", name=name, step=done, skills=values)
-                value = values.get(stop.skill if stop else "target")
-                if spec.keep == "best" and value is not None and (best is None or value > best):
-                    best = value
-                    players[0].live.mark("best")
-                if watched and values.get(watched.skill, 0.0) >= watched.reach:
-                    stopped = f"{watched.skill} reached {values[watched.skill]:.3f} at step {done}"
+        nonlocal stopped
+        stop, last = spec.stop, spec.keep == "best" and done == total
+        if stop and (done % stop.every == 0 or last):
+            values = looked(done, stop.items, stop.skill)
+            if better(stop.skill, values[stop.skill], stop.reach):
+                stopped = f"{stop.skill} reached {values[stop.skill]:.3f} at step {done}"
+        if every and (done % every == 0 or (last and not stop)) and not stopped:
+            looked(done, 0, None if stop else "target")
         due = spec.save.steps and done % spec.save.steps == 0
         late = ctx.world.same(time.monotonic() - saved > spec.save.seconds)
         halt = ctx.world.same(asked.is_set())
@@ -237,8 +245,7 @@ def _trained(
                 with contextlib.suppress(Exception):
                     flush()
                 raise
-    live = players[0].live
-    if spec.keep != "live" and spec.keep in live.versions:
+    if spec.keep != "live" and spec.keep in live.versions:  # (of a step of no updates there is only the live one)
         live.load_state_dict(live.state_dict() | {f"param/{n}": t for n, t in live.versions[spec.keep].items()})
     return Trained(live.delta(), done, tokens, seconds, stopped)
 

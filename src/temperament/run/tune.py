@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from json import dumps
 from pathlib import Path
@@ -22,11 +22,13 @@ from temperament.bases.load import Base, load
 from temperament.delta import Delta
 from temperament.engine.measure import System
 from temperament.errors import Interrupted, TemperError, UserError, WorkFailed, nearest
+from temperament.nn import draws
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, cache_dir, made_of, read_outcomes, walk_all, write_outcomes
+from temperament.run.artefacts import Folder, address, cache_dir, file_sha, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
+from temperament.run.recipe import unrolled, walk_steps
 from temperament.run.state import State, chain, place_on
 from temperament.run.training import quiet_training, run_train
 from temperament.train.checkpoint import write_atomic
@@ -72,9 +74,19 @@ class Skills:
                 raise UserError("evaluation.suites", s.name, "two suites bring a skill of this name; give one another `name`")
             seen.add(s.name)
 
+    def alone(self) -> Skills:
+        """The same skills without the recipe's inference parts: what the weights do on their own."""
+        return Skills(self.skills, replace(self.recipe, inference=[]), self.base)
+
     def key(self, of: str) -> str:
         """Address of scores: who was measured, on what, how."""
         return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
+
+    def less(self) -> set[str]:
+        """Skills of which less is better (nats); also "target", where that holds for the target skills."""
+        less = {s.name for s in self.skills if not s.how.get("higher_is_better", True)}
+        targets = {s.name for s in self.skills if s.role == "target"}
+        return less | ({"target"} if targets and targets <= less else set())
 
     def system(self, model: Any = None, graded: bool = True) -> System:
         hooks = [h for part in self.recipe.inference for h in part.hooks(self.base)]
@@ -158,6 +170,7 @@ class _Tuning:
         self.base = base
         self.rows: dict[str, dict[str, SkillResult]] = {}
         self.states: dict[str, State] = {}
+        self.learned: dict[str, str] = {}  # target -> the row after which it was taught
         self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
 
@@ -171,7 +184,7 @@ class _Tuning:
             self.states["base"] = state
             if recipe.evaluation.base and self.skills.skills:
                 self.measure_base()
-            for step in self.expand(recipe.steps):
+            for step in recipe.steps:
                 state = self.do(step, state)
             return self.end(state)
         except Interrupted as problem:
@@ -208,10 +221,8 @@ class _Tuning:
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
         self.folder.save_run(self.json)
         self.skills = skills_of(recipe, self.base)
-        targets = {s.name for s in self.skills.skills} | {"target"}
         for step in walk_steps(recipe.steps):
-            if step.train and step.train.stop and step.train.stop.skill not in targets:
-                raise UserError(f"{step.name}.train.stop.skill", step.train.stop.skill, f"no suite measures it; {nearest(step.train.stop.skill, targets)}")
+            self.check_watched(step)
         if any(step.train for step in walk_steps(recipe.steps)):
             from temperament.run.plan import plan
 
@@ -224,21 +235,30 @@ class _Tuning:
                 self.json["check"] = check(recipe, self.base, self.world)
                 self.tell("check", check=self.json["check"])
 
+    def check_watched(self, step: schema.Step) -> None:
+        """What a step watches must be measured, and "target" must be one kind of measure."""
+        train, rounds = step.train, step.rounds
+        watched = {f"{step.name}.train.stop.skill": train.stop.skill if train and train.stop else "target" if train and train.keep == "best" else None,
+                   f"{step.name}.rounds.until.skill": rounds.until.skill if rounds and rounds.until else None,
+                   f"{step.name}.when.skill": step.when.skill if step.when else None}  # fmt: skip
+        targets, less = {s.name for s in self.skills.skills if s.role == "target"}, self.skills.less()
+        known = {s.name for s in self.skills.skills} | ({"target"} if targets else set())
+        for place, skill in watched.items():
+            if skill is not None and skill not in known:
+                raise UserError(place, skill, f"no suite measures it; {nearest(skill, known)}")
+            if skill == "target" and targets & less and not targets <= less:
+                raise UserError(place, skill, f"of {', '.join(sorted(targets & less))} less is better, of other targets more; name one skill")
+
     def measure_base(self) -> None:
-        key = self.skills.key(address(self.base.sha256))
+        """The base on its own; and with the recipe's inference parts, where it has some."""
         self.tell("phase", name="base", text="measuring the base")
-        results, cached = self.skills.measure(cache_dir() / "scores" / f"{key}.json", key, self.tell)
-        self.rows["base"] = results
-        self.tell("measured", row="base", results=results, cached=cached)
+        for row, skills in (("base", self.skills.alone()), *([("inference", self.skills)] if self.recipe.inference else [])):
+            key = skills.key(address(self.base.sha256))
+            results, cached = skills.measure(cache_dir() / "scores" / f"{key}.json", key, self.tell)
+            self.rows[row] = results
+            self.tell("measured", row=row, results=results, cached=cached)
 
     # -- the steps --------------------------------------------------------------------------------------------------------------
-
-    def expand(self, steps: Iterable[schema.Step]) -> Iterator[schema.Step]:
-        for step in steps:
-            if step.foreach:
-                yield from self.expand(unrolled(step))
-            else:
-                yield step
 
     def do(self, step: schema.Step, state: State, round: int = 0) -> State:
         """One step: from where it starts to the state it leaves."""
@@ -248,10 +268,16 @@ class _Tuning:
             self.tell("skip", name=step.name)
             return start
         if step.rounds:
-            return self.rounds(step, start)
+            return self.rounds(step, start, round)
+        if step.foreach:
+            for inner in unrolled(step):
+                start = self.do(inner, start, round)
+            self.states[step.name] = start
+            return start
         self.tell("phase", name=step.name, text=step.kind)
         spec = getattr(step, step.kind)
-        key = address(step.kind, made_of(spec) if spec is not True else [], start.key, self.recipe.seed, round, self.inputs(step, spec))
+        made = made_of(spec) if not isinstance(spec, bool) else []
+        key = address(step.kind, made, start.key, self.recipe.seed, round, self.inputs(step, spec))
         artefact = self.folder.finished(step.name, key)
         before = time.perf_counter()
         done = getattr(self, f"do_{step.kind}")(step, spec, start, key, round, artefact)
@@ -278,20 +304,31 @@ class _Tuning:
 
     last_artefact: dict[str, dict] = {}
 
-    def inputs(self, step: schema.Step, spec: Any) -> list[str]:
-        """Addresses of the other artefacts a step reads."""
-        if step.merge:
-            return [self.states[n].key if n in self.states else n for n in spec.of]
-        read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
+    def inputs(self, step: schema.Step, spec: Any) -> list[Any]:
+        """Addresses of what else a step reads: other artefacts, and of the recipe around it what can change its result."""
         known = self.scope(step.name)
+        if step.merge:
+            return [known[n].key if n in known else file_sha(n) for n in self.merged(spec, known)]
+        read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
         for name in read:
             if name not in known:
                 raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
-        return [known[n].key for n in read] + [s.key for n, s in self.states.items() if s.data]
+        keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
+        if step.build:
+            return [keys, parts.plain([self.recipe.inference, self.recipe.aides])]
+        if step.train:
+            looked = spec.stop or spec.keep == "best"
+            return [keys, self.recipe.precision.compute, self.skills.key("look") if looked else "", self.recipe.evaluation.every if spec.keep == "best" else 0]
+        return keys
 
     def scope(self, name: str) -> dict[str, State]:
         """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
         return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
+
+    def merged(self, spec: schema.Merging, known: Mapping[str, State]) -> list[str]:
+        """What a merge merges: by default the result of every step before that changed the base, each once."""
+        changed = {s.key: n for n, s in reversed(self.states.items()) if s.delta is not None and "/" not in n}
+        return spec.of or list(reversed(changed.values()))
 
     def do_train(self, step: schema.Step, spec: schema.Train, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -299,14 +336,17 @@ class _Tuning:
             self.last_artefact = {**self.last_artefact, step.name: artefact}
             self.cost["tokens"] += artefact.get("tokens", 0)
             self.cost["seconds"] += artefact.get("seconds", 0.0)
-            return State(key, Delta.load(place / "delta"), place, start.data)
+            self.learn(step, spec)
+            return State(key, Delta.load(place / "delta"), place, start.data, start.stage + 1)
         place_on(self.base, start)
-        ctx = Context(self.base, self.world, self.recipe.seed, spec.batch, spec.micro, place / "scratch", key, round=round,
+        # Every stage has draws of its own: order, halves, first values, samples.
+        seed = self.recipe.seed if start.stage == round == 0 else draws.key(self.recipe.seed, "stage", start.stage, round) & 0x7FFFFFFF
+        ctx = Context(self.base, self.world, seed, spec.batch, spec.micro, place / "scratch", key, round=round,
                       aides=self.recipe.aides, inference=self.recipe.inference, artefacts=self.artefacts(start, step.name),
                       before=self.before(step, start), tell=self.tell)  # fmt: skip
         watched = [spec.stop.skill] if spec.stop else None
         peak = peak_memory()
-        trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every)
+        trained = run_train(spec, ctx, self.folder, step.name, key, lambda live, items: self.skills.look(live, items, watched if items else None), self.tell, self.recipe.evaluation.every, self.skills.less())
         whole = chain(self.base, start.delta, trained.delta)
         if self.folder.write:
             whole.save(place / "delta", overwrite=True)
@@ -315,7 +355,15 @@ class _Tuning:
         self.cost["peak_bytes"] = max(self.cost["peak_bytes"], peak())
         content = {"steps": trained.steps, "tokens": trained.tokens, "seconds": trained.seconds, "stopped": trained.stopped, "digest": whole.digest}
         self.last_artefact = {**self.last_artefact, step.name: self.folder.finish(step.name, key, kind="train", **content)}
-        return State(key, whole, place, start.data)
+        self.learn(step, spec)
+        return State(key, whole, place, start.data, start.stage + 1)
+
+    def learn(self, step: schema.Step, spec: schema.Train) -> None:
+        """Note which targets this step taught: those its own source offers to be measured by."""
+        targets = {s.name for s in self.skills.skills if s.role == "target"}
+        ctx = Asking(self.base, 1, self.recipe.seed)
+        offered = {s.name for suite in default_suites(spec.source) for s in suite.skills(ctx)} if len(targets) > 1 else set()
+        self.learned |= dict.fromkeys(sorted(targets & offered), step.name)
 
     def do_merge(self, step: schema.Step, spec: schema.Merging, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
@@ -323,8 +371,9 @@ class _Tuning:
             return State(key, Delta.load(place / "delta"), place, start.data)
         began = time.perf_counter()
         self.base.reset()
-        names = spec.of or [n for n, s in self.states.items() if s.delta is not None]
-        deltas = [self.states[n].delta if n in self.states else read_delta(n, self.base) for n in names]
+        known = self.scope(step.name)
+        names = self.merged(spec, known)
+        deltas = [known[n].delta if n in known else read_delta(n, self.base) for n in names]
         if not deltas or any(d is None for d in deltas):
             raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
         merged = spec.method.merge(self.base, deltas)
@@ -360,22 +409,22 @@ class _Tuning:
         self.last_artefact = {**self.last_artefact, step.name: self.folder.finish(step.name, key, kind="build", **content)}
         return replace(start, key=key, data=data)
 
-    def rounds(self, step: schema.Step, start: State) -> State:
-        state, spec, last = start, step.rounds, None
+    def rounds(self, step: schema.Step, start: State, outer: int = 0) -> State:
+        state, spec = start, step.rounds
+        last = self.value(spec.until.skill) if spec.until else None  # what the first round is compared with
         for i in range(spec.times):
             begin = {"previous": state, "base": self.states["base"], "start": start}[spec.start]
             state = replace(begin, data=state.data)
-            for inner in self.expand(spec.steps):
-                short = inner.name or inner.kind
-                named = replace(inner, name=f"{step.name}/{i + 1}/{short}")
-                state = self.do(named, state, round=i)
-                self.latest[short] = named.name
+            for inner in spec.steps:
+                state = self.do(replace(inner, name=f"{step.name}/{i + 1}/{inner.name}"), state, outer * spec.times + i)
+                self.latest[inner.name] = f"{step.name}/{i + 1}/{inner.name}"
             self.states[step.name] = state
             value = self.value(spec.until.skill) if spec.until else None
             if value is not None:
-                if spec.until.above is not None and value >= spec.until.above:
+                sign = -1 if spec.until.skill in self.skills.less() else 1
+                if spec.until.above is not None and sign * value >= sign * spec.until.above:
                     break
-                if spec.until.gains_less is not None and last is not None and value - last < spec.until.gains_less:
+                if spec.until.gains_less is not None and last is not None and sign * (value - last) < spec.until.gains_less:
                     break
                 last = value
         return state
@@ -398,7 +447,7 @@ class _Tuning:
         self.tell("measured", row=name, results=results, cached=cached)
 
     def ledger(self) -> Ledger | None:
-        return Ledger(self.rows) if self.rows else None
+        return Ledger(self.rows, {s: row for s, row in self.learned.items() if row in self.rows}) if self.rows else None
 
     def ledger_json(self) -> dict[str, Any] | None:
         return self.ledger().to_json() if self.rows else None
@@ -498,47 +547,13 @@ def skills_of(recipe: schema.Recipe, base: Base) -> Skills:
     ctx = Asking(base, spec.items, recipe.seed)
     made = [skill for suite in suites for skill in suite.skills(ctx)]
     targets = {s.name for s in made if s.role == "target"}
-    return Skills([s for s in made if s.role == "target" or s.name not in targets], recipe, base)
+    made = [s for s in made if s.role == "target" or s.name not in targets]
+    return Skills(list({(s.name, s.role, s.key()): s for s in reversed(made)}.values())[::-1], recipe, base)  # the same thing twice is once
 
 
 def default_suites(source: Any) -> list[Any]:
     """What a source offers to be measured by: held-out rows of its own file. Sources say so themselves (`suites()`)."""
     return [parts.build(s) for s in source.suites()] if hasattr(source, "suites") else []
-
-
-def walk_steps(steps: Iterable[schema.Step]) -> Iterator[schema.Step]:
-    for step in steps:
-        yield step
-        if step.rounds:
-            yield from walk_steps(step.rounds.steps)
-        if step.foreach:
-            yield from walk_steps(unrolled(step))
-
-
-def unrolled(step: schema.Step) -> list[schema.Step]:
-    """The steps of a foreach, with {name} replaced; named STEP/1/..., STEP/2/..."""
-    names, lengths = list(step.foreach.values), {len(v) for v in step.foreach.values.values()}
-    if len(lengths) != 1:
-        raise UserError(f"{step.name}.foreach.values", step.foreach.values, "every list must have the same length")
-    out = []
-    for i in range(lengths.pop()):
-        here = {n: step.foreach.values[n][i] for n in names}
-        for k, inner in enumerate(step.foreach.steps):
-            made = parts.fill(schema.Step, _filled(inner, here), f"{step.name}.foreach.steps[{k}]")
-            out.append(replace(made, name=f"{step.name}.{i + 1}.{made.name or made.kind}"))
-    return out
-
-
-def _filled(value: Any, here: dict[str, Any]) -> Any:
-    if isinstance(value, str):
-        for name, v in here.items():
-            if value == "{" + name + "}":
-                return v
-            value = value.replace("{" + name + "}", str(v))
-        return value
-    if isinstance(value, Mapping):
-        return {_filled(k, here): _filled(v, here) for k, v in value.items()}
-    return [_filled(v, here) for v in value] if isinstance(value, list) else value
 
 
 def read_delta(source: str, base: Base) -> Delta:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from temperament.delta import Change, Delta, Replace, Sparse
 from temperament.delta.combined import add
 from temperament.errors import UserError
-from temperament.nn.pieces import Piece, Switch, attach
+from temperament.nn.pieces import Around, Piece, Switch, attach
 from temperament.train import packed
 
 
@@ -68,13 +68,18 @@ class Param:
 
 @dataclass
 class Trained:
-    """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change.
+    """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change. around: what is no change of a
+    weight, by the name its addition has in the delta ("lm/path:what"); `additions` gives those, and the part's `rebuild` hangs them
+    on a base again. terms: what its modules add to every loss, each like a regularizer (protocols.py), asked right after the objective so
+    that what they left in the context's streams is of the objective's own forward.
     before_step(progress), after_step(progress): around the optimizer's step. reselect(progress): after it, the new entries of
     those packed parameters whose mask moves now, by name; the optimizer's state moves with them. What of the delta is no linear
     piece comes from `changes` and `additions`."""
 
     params: list[Param] = field(default_factory=list)
     pieces: dict[str, tuple[nn.Module, Piece]] = field(default_factory=dict)
+    around: dict[str, tuple[nn.Module, Around]] = field(default_factory=dict)
+    terms: list[Any] = field(default_factory=list)
     before_step: Callable[[Any], None] | None = None
     after_step: Callable[[Any], None] | None = None
     reselect: Callable[[Any], dict[str, Tensor]] | None = None
@@ -83,6 +88,9 @@ class Trained:
     changes: Callable[[], dict[str, Change]] | None = None
     additions: Callable[[], dict[str, Any]] | None = None
     export: dict[str, Any] = field(default_factory=dict)  # e.g. {"peft": {...}}: how a format others read names it
+
+    def attached(self) -> list[tuple[nn.Module, Piece | Around]]:
+        return [*self.pieces.values(), *self.around.values()]
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Live:
         self.versions: dict[str, dict[str, Tensor]] = {}
         self._where = self._locations()
         _refuse_tied(base, parts)
-        self._detach = [attach(module, piece, self.switch) for part in parts for module, piece in part.pieces.values()]
+        self._detach = [attach(module, piece, self.switch) for part in parts for module, piece in part.attached()]
         for name, module in base.parameters():
             module.requires_grad_(name in self.params)
         for p in self.params.values():
@@ -160,7 +168,7 @@ class Live:
         if version == "live":
             yield self.model
         elif version == "base":
-            with self._off(), self._with(self.base.originals):
+            with self._off(), self.base.bare(), self._with(self.base.originals):
                 yield self.model
         elif version == "start" and "start" not in self.versions:
             # Pieces start at no change, so the step's start is the weights as they were, with the pieces off.
@@ -198,7 +206,7 @@ class Live:
             return []
         tensor = self.params[name].tensor
         for part in self.parts:
-            for _, piece in part.pieces.values():
+            for _, piece in part.attached():
                 for module in piece.modules():
                     for key, held in module._parameters.items():
                         if held is tensor:
@@ -290,7 +298,7 @@ class Live:
                 part.load({k.split("/", 2)[2]: t for k, t in state.items() if k.startswith(f"part/{i}/")})
 
     def close(self) -> None:
-        """Take every piece away; the modules are the base's own again (selected tensors keep their trained values)."""
+        """Take all that is attached away; the modules are the base's own again (selected tensors keep their trained values)."""
         for detach in self._detach:
             detach()
         self._detach = []

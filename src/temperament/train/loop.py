@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temperament.errors import WorkFailed
+from temperament.errors import UserError, WorkFailed
 from temperament.nn.batch import Batch
 from temperament.nn.context import context
 from temperament.nn.draws import Address
@@ -100,7 +100,11 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     objective = at(objective, progress)
     regularizers = [at(r, progress) for r in player.regularizers]
     whole = objective.prepare(whole, views) if hasattr(objective, "prepare") else whole
+    regularizers = [*(t for part in player.live.parts for t in part.terms), *regularizers]
     each = [objective, *(r for r in regularizers if r.per == "batch")]
+    for r in regularizers:
+        if hasattr(r, "prepare"):
+            r.prepare(whole, views)
     whole_counts: dict[str, float] = {}
     names = [_named(p.counts(whole), whole_counts) for p in each]
     out = Accumulated(counts=whole_counts, tokens=_tokens(whole))
@@ -245,6 +249,7 @@ def update(player: Player, progress: Progress, norm: float) -> float:
 
 @torch.no_grad()
 def _average(live: Live, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * live;   from the step's start."""
     if "ema" not in live.versions:
         live.mark("ema")
         return
@@ -272,6 +277,10 @@ def train(
         began = time.perf_counter()
         batches = stream.batch(step, progress)
         batches = batches if isinstance(batches, list) else [batches]
+        kinds = {type(b).__name__ for b in batches}
+        if not any(kinds & set(p.objectives) for p in players):  # it would go through the data and learn nothing
+            wanted = ", ".join(k for p in players for k in p.objectives)
+            raise UserError("train.objective", wanted, f"the source gave {', '.join(sorted(kinds))}; choose an objective for that")
         row: dict[str, Any] = {"step": step + 1, "loss": 0.0}
         for player in players:
             if step < player.from_step or step % player.every:

@@ -207,7 +207,7 @@ SKILLS = (
     _skill("capitals", "format", in_capitals),
     _skill("sentence", "format", in_a_sentence),
     _skill("yes-no", "format", yes_no),
-    _skill("judge", "format", judge),
+    Skill("judge", "format", judge, role="half", known_by=()),
     _skill("tool", "format", tool_call, verdict=same_json),
     _skill("chat-steps", "format", steps, verdict=last_number),
     _skill("refuse", "refusal", refuse, verdict=refused),

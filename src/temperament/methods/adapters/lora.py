@@ -38,8 +38,9 @@ class LoRAPiece(Piece):
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
         frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-        plain = x.dtype == base.weight.dtype == self.A.dtype and not torch.is_autocast_enabled(x.device.type)
-        if address is None and frozen and plain and base.bare and not base.transposed:
+        # Under autocast torch casts operand by operand, which the fused node would bypass (there is no autocast on meta).
+        cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        if address is None and frozen and base.bare and not base.transposed and not cast and x.dtype == base.weight.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         y = base(x)
         return y + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(y.dtype)

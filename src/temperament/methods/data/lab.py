@@ -52,7 +52,9 @@ class LabData:
 
     def open(self, ctx: Any) -> Stream:
         encoded, _ = encode_all(self.examples(ctx), ctx.base.tokenizer)
-        return Stream(encoded, ctx.batch, ctx.seed, name="lab")
+        stream = Stream(encoded, ctx.batch, ctx.seed, name="lab")
+        stream.yields = ("Pairs",) if self.pairs else ("Tokens",)
+        return stream
 
     def suites(self) -> list[dict]:
         return [{"evaluate.lab": {"target": self.skills[0]}}]

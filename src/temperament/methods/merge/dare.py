@@ -26,6 +26,7 @@ class Dare(Blockwise):
     elect: bool = False  # merge only entries of the elected sign (DARE-TIES)
     scale: Setting = 1.0  # strength of the result
     normalise: bool = False  # divide by the sum of the weights (of those that agree)
+    rescale: bool = True  # divide what is kept by p
     seed: int = 0  # of the draws
 
     def plan(self, site: Site):
@@ -37,7 +38,7 @@ class Dare(Blockwise):
                 if cut < 65536:
                     x = b.x[i].numpy()
                     np.multiply(x, bits16(self.seed, "merge/dare", b, i) < cut, out=x)
-                if 0 < cut < 65536:
+                if 0 < cut < 65536 and self.rescale:
                     b.x[i].mul_(65536 / cut)
             out = combined(b, w, self.normalise, self.elect)
             return out if scale == 1 else out.mul_(scale)

@@ -30,6 +30,7 @@ class Della(Blockwise):
     elect: bool = True  # merge only entries of the elected sign
     scale: Setting = 1.0  # strength of the result
     normalise: bool = True  # divide by the sum of the weights (of those that agree)
+    rescale: bool = True  # divide what is kept by its p
     seed: int = 0  # of the draws
 
     def plan(self, site: Site):
@@ -48,7 +49,8 @@ class Della(Blockwise):
                     rank = rows.abs().argsort(dim=1, stable=True).argsort(dim=1)
                     p = (d - e + 2 * e * rank / max(site.row - 1, 1)).float()
                     drawn = torch.from_numpy(bits16(self.seed, "merge/della", b, i).astype("float32")).view_as(p)
-                    b.x[i] = (rows * (drawn < p * 65536) / p).view(-1)
+                    kept = rows * (drawn < p * 65536)
+                    b.x[i] = (kept / p if self.rescale else kept).view(-1)
             out = combined(b, w, self.normalise, self.elect)
             return out if scale == 1 else out.mul_(scale)
 

@@ -78,8 +78,9 @@ class Compare:
                 values = [m[what] for m in mine if m.get(what) is not None]
                 row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
             arms.append(row)
+        at = lambda row: (row["gain"] or 0.0, -(row["loss"] or 0.0))  # nothing measured: nothing gained, nothing lost
         for row in arms:
-            row["front"] = not any(o["gain"] >= row["gain"] and o["loss"] <= row["loss"] and (o["gain"], o["loss"]) != (row["gain"], row["loss"]) for o in arms)
+            row["front"] = not any(at(o) != at(row) and all(a >= b for a, b in zip(at(o), at(row), strict=True)) for o in arms)
         return {"arms": arms, "seeds": list(self.seeds)}
 
     def compared(self, finding: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Compare:
     def chosen(self, finding: dict[str, Any], runs: dict[tuple, Any]) -> tuple | None:
         """The run that is shown item by item: the arm that reached the level and lost least, first seed."""
         arms = [a for a in finding["arms"] if a["reached"]] or finding["arms"]
-        best = min(arms, key=lambda a: (a["loss"] if a["loss"] is not None else 0.0, -a["gain"]))
+        best = min(arms, key=lambda a: (a["loss"] if a["loss"] is not None else 0.0, -(a["gain"] or 0.0)))
         return (best["name"], self.seeds[0], best["rate"])
 
 
@@ -131,6 +132,6 @@ def times(lr: Any, factor: float) -> Any:
 def _as_rate(old: Any, new: Any) -> Any:
     """A plain rate put into the recipe's own schedule; a schedule as it is."""
     if isinstance(new, (int, float)) and not isinstance(old, (int, float)):
-        top = next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
+        top = max(old.values) if hasattr(old, "values") else next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
         return times(old, new / top)
     return new
