@@ -162,7 +162,7 @@ def test_anything_else_is_a_sentence(value, slot):
     try:
         made = build(value, slot)
     except UserError as problem:
-        assert "\n" not in str(problem).replace(repr(value), "") and str(problem).endswith(".")
+        assert "\n" not in str(problem).replace(repr(value), "") and str(problem).endswith((".", "?"))
     else:
         assert build(plain(made), slot) == made
 

@@ -55,7 +55,7 @@ def gradients(blocks, x, checked: bool, seed=0):
     for b in blocks:
         b.zero_grad()
     time = torch.linspace(0, 1, len(x))
-    with context(time=time, conditions={"gain": 0.5}, draws=Address(seed, 3)):
+    with context(time=time, conditions={"gain": 0.5}, draws=Address(seed, "test", 3, torch.zeros(0, dtype=torch.long))):
         h = x
         for b in blocks:
             h = checkpoint(b, h) if checked else b(h)

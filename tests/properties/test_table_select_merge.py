@@ -97,6 +97,8 @@ def test_the_update_is_full_fine_tunings_times_the_mask(name, options, arch):
     it = live(base, {name: options} if options else name)
     if not set(it.params) <= set(before):
         pytest.skip("it keeps packed entries of its own, tested beside it")
+    if any(p.dense is not None for p in it.params.values()):
+        return  # entries, not tensors: their mask is tested in tests/methods/select
     part, _ = gradients(it, ce, whole, 2)
     opt = parts.build({"optim.sgd": {"lr": 0.1}})
     stepper = opt.build(list(it.params.values()), None)

@@ -178,7 +178,7 @@ def test_ema_is_the_running_mean():
     def after(done):
         nonlocal mean
         now = player.live.params[name].tensor.detach().clone()
-        mean = now if mean is None else 0.9 * mean + 0.1 * now
+        mean = 0.9 * (player.live.start[name] if mean is None else mean) + 0.1 * now  # from the step's start
         return False
 
     train([player], stream, 6, micro=4, after=after)

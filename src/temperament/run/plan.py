@@ -54,6 +54,21 @@ class NoStep:
         return torch.optim.SGD([p.tensor for p in parameters], lr=0.0)
 
 
+def cannot_foresee(spec: Any) -> str:
+    """Why a step cannot be laid out before the run: it reads what an earlier step is yet to leave, or samples texts to train on."""
+    from temperament.run.artefacts import walk_all
+
+    read = [name for p in walk_all(spec) for name in getattr(p, "inputs", ())]
+    if read:
+        return f"it reads what {read[0]!r} leaves"
+    if spec.source.yields != ("Rollout",) and type(spec.source).part_name.startswith("rollout."):
+        return "its rows are sampled from the model as it trains"
+    path = getattr(spec.source, "path", "")
+    if path and not Path(path).exists() and not path.count("/"):
+        return f"its rows are what {path!r} leaves"
+    return ""
+
+
 def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
     """{"predicted": {peak_bytes, seconds, disk_bytes, tokens}, "floor", "memory", "steps", "fits", "available_bytes", "mend"}."""
     world, began = World(recipe.precision.compute, device=recipe.device), time.perf_counter()
@@ -61,8 +76,11 @@ def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
     meta = Base(base.id, {n: shapes_of(m) for n, m in base.components.items()}, base.processors, base.folder, dict(base.sha256) or {"": ""})
     weights = bytes_of(p for _, p in base.parameters())
     process = resident() - weights * (real and not cuda(world)) if not cuda(world) else 0
-    steps = []
+    steps, unforeseen = [], []
     for step in _trains(recipe):
+        if why := cannot_foresee(step.train):
+            unforeseen.append({"name": step.name, "why": why})
+            continue
         found = of_step(step, recipe, meta, world)
         if real and dry:
             found |= timed(step, recipe, base, world, found)
@@ -89,6 +107,7 @@ def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
         "fits": peak - process <= available,
         "master": recipe.precision.master,
         "steps": steps,
+        "unforeseen": unforeseen,
         "took": time.perf_counter() - began,
     }
     if not out["fits"]:

@@ -430,9 +430,9 @@ class _Tuning:
         return state
 
     def artefacts(self, state: State, step: str) -> dict[str, Path]:
-        """Folders (or data files) earlier steps left, by the names this step can use."""
-        left = {n: s.folder for n, s in self.scope(step).items() if s.folder} | {n: Path(p) for n, p in state.data.items()}
-        return left | {short: left[name] for short, name in self.latest.items() if name in left and short not in left}
+        """What earlier steps left, by the names this step can use: folders of changes, files of rows."""
+        rows = {n: Path(p) for n, p in state.data.items()}
+        return {n: s.folder for n, s in self.scope(step).items() if s.folder} | {s: rows[n] for s, n in self.latest.items() if n in rows} | rows
 
     def before(self, step: schema.Step, state: State) -> Path | None:
         """What this same step left in the round before."""

@@ -76,7 +76,7 @@ def test_other_kinds_and_refusals(base, tmp_path):
     prompts = write(tmp_path / "q.jsonl", [{"prompt": "a", "answer": "b"}])
     long = write(tmp_path / "l.jsonl", [*sums(3), {"prompt": "x" * 5000, "completion": "y"}])
     for path, options, why in [
-        (prompts, {}, "no text to train on"),
+        (prompts, {}, "nothing to train on"),
         (long, {"holdout": 0.0}, "line 4.*max_length"),
         (pairs, {"pack": 64}, "not packed"),
         (pairs, {"mask": "all"}, "auto, completion"),
@@ -112,7 +112,7 @@ def test_a_mixture(base, tmp_path):
     a, b = write(tmp_path / "new.jsonl", sums(20)), write(tmp_path / "old.jsonl", sums(40, 100))
     spec = {"data.mix": {"sources": [{"data.file": {"path": a}}, {"data.file": {"path": b}}], "weights": [3.0, 1.0]}}
     mixed = parts.build(spec, Source)
-    assert [next(iter(s.values()))["name"] for s in mixed.suites()] == ["new", "old"]
+    assert [next(iter(s.values()))["data"].called for s in mixed.suites()] == ["new", "old"]
     stream = mixed.open(context(base))
     for k in range(6):
         assert sorted(e["source"] for e in stream.batch(k, None).extra) == ["new", "new", "new", "old"]

@@ -84,4 +84,4 @@ def test_the_law_holds():
 
     for objective in (DFT(), DFT(per="example"), ASFT(0.3), ASFT(0.3, "reverse", per="example")):
         found, _ = run(base_of("llama_tied"), objective=objective, trainable=[Full()], batch=8)
-        assert found["rows together = one by one"].tolerance == 1e-5
+        assert found["rows together = one by one"].tolerance < 2e-5
