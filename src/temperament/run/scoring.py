@@ -19,9 +19,9 @@ class Scorer:
     """score(delta) -> mean of the target skills of base + delta; `values` keeps every skill. Suites without a seed of their own
     (files) give the same items they are measured on; the part that chooses declares that it tunes on development data."""
 
-    def __init__(self, recipe: schema.Recipe, base: Any, items: int):
+    def __init__(self, recipe: schema.Recipe, base: Any, items: int, development: bool = True):
         spec = recipe.evaluation
-        suites = [_away(s) for s in spec.suites]
+        suites = [_away(s) for s in spec.suites] if development else list(spec.suites)
         own = replace(recipe, evaluation=replace(spec, suites=suites, items=items, keep=False))
         base.reset()
         self.base, self.some = base, _Some(skills_of(own, base), items)
