@@ -1,9 +1,11 @@
-"""Merging beside mergekit in one run: TIES, DARE-TIES and linear of three sharded fp32 models and a base; seconds and peak memory.
+"""Merging beside mergekit in one run: TIES, DARE-TIES and linear of three sharded fp32 models and a base; seconds and peak
+memory.
 
     python benchmarks/merge.py [--parameters 178] [--rounds 3] [--threads N] [--mergekit PYTHON] [--large] [--folder DIR]
 
-Each merge runs in a process of its own, from files in the page cache to files; start-up (imports) is measured apart. mergekit is
-run by the Python that has it: --mergekit, TEMPER_MERGEKIT_PYTHON, or this one. --large: also our peak memory at 8 times the size.
+Each merge runs in a process of its own, from files in the page cache to files; start-up (imports) is measured apart. mergekit
+is run by the Python that has it: --mergekit, TEMPER_MERGEKIT_PYTHON, or this one. --large: also our peak memory at 8 times
+the size.
 """
 
 import argparse
@@ -152,7 +154,10 @@ def main() -> None:
         folder = Path(work)
         count = make(folder, a.parameters)
         print(f"three models and a base of {count / 1e6:.0f} M fp32 parameters, {os.cpu_count()} cores", flush=True)
-        print(f"reading and writing the bytes   {statistics.median(floor(folder, a.threads) for _ in range(3)):6.2f} s", flush=True)
+        print(
+            f"reading and writing the bytes   {statistics.median(floor(folder, a.threads) for _ in range(3)):6.2f} s",
+            flush=True,
+        )
         runs = [("temperament", sys.executable, OURS)] + ([("mergekit", a.mergekit, THEIRS)] if peer else [])
         if not peer:
             print("mergekit is not installed: give --mergekit a Python that has it")
@@ -164,8 +169,12 @@ def main() -> None:
             for name, rows in found.items():
                 mid = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
                 best = min(r["seconds"] for r in rows)
-                print(f"{method:10} {name:12} {mid['seconds']:7.2f} s (best {best:.2f}, cpu {mid['cpu']:.1f}, start-up {mid['start']:.1f})"
-                      f"   peak {mid['peak']:.2f} GB", flush=True)
+                print(
+                    f"{method:10} {name:12} {mid['seconds']:7.2f} s (best {best:.2f}, "
+                    f"cpu {mid['cpu']:.1f}, start-up {mid['start']:.1f})"
+                    f"   peak {mid['peak']:.2f} GB",
+                    flush=True,
+                )
         if a.large:
             shutil.rmtree(folder / "m0")
             for i in (1, 2, 3):

@@ -1,8 +1,8 @@
 """[061] Skill localisation: a mask of a hundredth of the entries of a fine-tune carries nearly all of its skill and harms less.
 
-One procedure is taught by full fine-tuning; then a mask of 1 % of the changed entries is trained on the same rows (no weight moves).
-Compared: what is lost of the retained skills, graft against the whole fine-tune; the condition is that the graft keeps 95 % of
-the target. Printed beside it: the largest entries alone, without training the mask.
+One procedure is taught by full fine-tuning; then a mask of 1 % of the changed entries is trained on the same rows (no weight
+moves). Compared: what is lost of the retained skills, graft against the whole fine-tune; the condition is that the graft
+keeps 95 % of the target. Printed beside it: the largest entries alone, without training the mask.
 """
 
 from temperament.run.claims import Claim
@@ -17,8 +17,9 @@ def recipe(learn: bool, items: int = 100) -> dict:
     steps = [{"name": "full", "train": {"source": source, "optimizer": adam, "batch": 16, "steps": 400, "stop": stop}}]
     if learn:
         graft = {"merge.graft": {"of": "full", "share": 0.01}}
-        steps += [{"name": "graft", "start": "base", "train": {"source": source, "trainable": graft, "batch": 16, "steps": 100,
-                                                               "optimizer": {"optim.sgd": {"lr": 1e6}}, "clip": None}}]  # fmt: skip
+        sgd = {"optim.sgd": {"lr": 1e6}}
+        mask = {"source": source, "trainable": graft, "batch": 16, "steps": 100, "optimizer": sgd, "clip": None}
+        steps += [{"name": "graft", "start": "base", "train": mask}]
     return {"base": "lab/lm", "steps": steps, "evaluation": {"items": items, "suites": [{"evaluate.lab": {"target": TASK}}]}}
 
 

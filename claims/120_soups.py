@@ -1,8 +1,8 @@
 """[120] Model soups: the mean of fine-tunes that differ in rate and data order beats the best of them, at no cost in use.
 
-Five fine-tunes of one base on one procedure with different rates and rows. The greedy soup adds them to a mean as long as accuracy on
-development items does not fall. Compared, on held-out items: the greedy soup with the single model that is best on the same
-development items. The task is not taught to the end, so that there is something to gain.
+Five fine-tunes of one base on one procedure with different rates and rows. The greedy soup adds them to a mean as long as
+accuracy on development items does not fall. Compared, on held-out items: the greedy soup with the single model that is best
+on the same development items. The task is not taught to the end, so that there is something to gain.
 """
 
 from dataclasses import replace
@@ -18,7 +18,12 @@ TASK = "interleave"
 
 def recipe(rate: float, steps: int = 120, items: int = 60) -> dict:
     source = {"data.lab": {"skills": [TASK], "rows": 600}}
-    train = {"source": source, "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": rate, "warmup": 10}}}}, "batch": 16, "steps": steps}
+    train = {
+        "source": source,
+        "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": rate, "warmup": 10}}}},
+        "batch": 16,
+        "steps": steps,
+    }
     suites = [{"evaluate.lab": {"target": TASK}}]
     return {"base": "lab/lm", "steps": [{"name": "full", "train": train}], "check": False,
             "evaluation": {"items": items, "suites": suites, "diagnose": []}}  # fmt: skip
@@ -32,7 +37,10 @@ def run(seed, lab):
     single = deltas[tried["order"][0]]
     uniform = parts.build("merge.soup_uniform").merge(base, deltas)
     numbers = lambda d: {"target": 100 * (s := test.summary(d))["target"], "retained_change": s["retained_change"]}
-    return {"method": numbers(soup) | {"models": len(tried["kept"])}, "baseline": numbers(single) | {"uniform": numbers(uniform)["target"]}}
+    return {
+        "method": numbers(soup) | {"models": len(tried["kept"])},
+        "baseline": numbers(single) | {"uniform": numbers(uniform)["target"]},
+    }
 
 
 claim = Claim(

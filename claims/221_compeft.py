@@ -1,8 +1,8 @@
 """[221] ComPEFT: an adapter as signs and one number, eight times smaller or more, with its accuracy.
 
-LoRA of rank 8 on one procedure, to 90 %. Density and alpha are chosen on development items among the paper's, the smallest first that
-stays within a point; compared on held-out items with the adapter itself. Compared number: bytes on disk (uncompressed fp32 over
-compressed); the condition is an accuracy at most two points lower.
+LoRA of rank 8 on one procedure, to 90 %. Density and alpha are chosen on development items among the paper's, the smallest
+first that stays within a point; compared on held-out items with the adapter itself. Compared number: bytes on disk
+(uncompressed fp32 over compressed); the condition is an accuracy at most two points lower.
 """
 
 from dataclasses import replace
@@ -40,7 +40,11 @@ def run(seed, lab):
             break
     found = found or max(tried, key=tried.get)
     chosen = small(*found)
-    numbers = lambda d: {"target": (s := test.summary(d))["target"], "retained_change": s["retained_change"], "smaller": delta.bytes / d.bytes}
+    numbers = lambda d: {
+        "target": (s := test.summary(d))["target"],
+        "retained_change": s["retained_change"],
+        "smaller": delta.bytes / d.bytes,
+    }
     return {"method": numbers(chosen) | {"density": found[0], "alpha": found[1]}, "baseline": numbers(delta) | {"smaller": 8.0}}
 
 

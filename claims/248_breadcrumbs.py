@@ -1,8 +1,8 @@
 """[248] Breadcrumbs: settings found for two tasks serve for six, where plain task arithmetic needs another strength.
 
-Six procedures are taught apart, each by full fine-tuning of one base to 90 % of its task. For Breadcrumbs and for task arithmetic the
-strength that is best for the first two tasks (on development items) is used unchanged to merge all six. Compared: mean accuracy
-over the six tasks on held-out items.
+Six procedures are taught apart, each by full fine-tuning of one base to 90 % of its task. For Breadcrumbs and for task
+arithmetic the strength that is best for the first two tasks (on development items) is used unchanged to merge all six.
+Compared: mean accuracy over the six tasks on held-out items.
 """
 
 from dataclasses import replace
@@ -45,7 +45,12 @@ def run(seed, lab):
         tried = {a: few(of(a, deltas[:2])) for a in STRENGTHS}
         best = max(STRENGTHS, key=lambda a: (tried[a], -a))
         two, six = few(of(best, deltas[:2])), many.summary(of(best, deltas))
-        found[side] = {"target": 100 * six["target"], "retained_change": six["retained_change"], "two_tasks": 100 * two, "strength": best}
+        found[side] = {
+            "target": 100 * six["target"],
+            "retained_change": six["retained_change"],
+            "two_tasks": 100 * two,
+            "strength": best,
+        }
     return found
 
 

@@ -27,7 +27,7 @@ def setting():
     return base, SimpleNamespace(delta=lambda name, field="of": deltas[name], seed=0), deltas
 
 
-def loss(model, ids=torch.arange(24).view(2, 12)):  # noqa: B008
+def loss(model, ids=torch.arange(24).view(2, 12)):
     return model(input_ids=ids, labels=ids).loss
 
 
@@ -54,7 +54,9 @@ def test_soup_gradient_is_autograds(setting, by):
     t = s.detach().clone().requires_grad_(True)
     keys = sorted({block_of(n) or "outside" for n in pure}, key=str) if by == "layer" else ["all"]
     row = lambda n: keys.index(block_of(n) or "outside") if by == "layer" else 0
-    mixed = {n: pure[n] + sum(a * d.changes[n].d for a, d in zip(t.softmax(1)[row(n)], deltas.values(), strict=True)) for n in pure}
+    mixed = {
+        n: pure[n] + sum(a * d.changes[n].d for a, d in zip(t.softmax(1)[row(n)], deltas.values(), strict=True)) for n in pure
+    }
     bare = {n.split("/", 1)[1]: v for n, v in mixed.items()}
     ids = torch.arange(24).view(2, 12)
     torch.func.functional_call(base.model, bare, kwargs={"input_ids": ids, "labels": ids}, tie_weights=True).loss.backward()

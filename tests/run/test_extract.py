@@ -35,7 +35,9 @@ def test_error_and_size_are_as_stated(pair, tmp_path, options):
     done = extract(base, tuned, tmp_path / "out", **options)
     assert done["error"] == pytest.approx(off(base, tuned, restored(base, tmp_path / "out")), rel=1e-3)
     if "error" in options:
-        assert all(row["error"] <= options["error"] * 1.001 for row in done["tensors"]) and done["error"] > 0.2 * options["error"]
+        assert (
+            all(row["error"] <= options["error"] * 1.001 for row in done["tensors"]) and done["error"] > 0.2 * options["error"]
+        )
     if options["kind"] == "ternary":
         assert done["times_smaller"] > 8
     if options.get("rank"):

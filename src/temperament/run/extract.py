@@ -4,7 +4,8 @@
     sparse      the largest entries, as index and value
     ternary     signs and one number a tensor, Rice-coded (ComPEFT's form); the size is the mean of what is kept
 
-Errors are relative and in Frobenius norm: |kept - change| / |change|, for each tensor and over all. One tensor is held at a time.
+Errors are relative and in Frobenius norm: |kept - change| / |change|, for each tensor and over all. One tensor is held at a
+time.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def extract(
 ) -> dict[str, Any]:
     """Write the change from `base` to `tuned` as an adapter or delta folder; returns its error and size.
 
-    low_rank takes rank or error; sparse and ternary take density (share of each tensor's entries) or error; ternary with neither keeps
-    what comes closest. Vectors (norms, biases) are kept as they are in low_rank.
+    low_rank takes rank or error; sparse and ternary take density (share of each tensor's entries) or error; ternary with
+    neither keeps what comes closest. Vectors (norms, biases) are kept as they are in low_rank.
     """
     if kind not in KINDS:
         raise UserError("--kind", kind, nearest(str(kind), KINDS))
@@ -117,7 +118,11 @@ def _ternary(d: Tensor, density: float | None, error: float | None) -> Change:
         enough = explained >= (1 - error**2) * values.square().sum()
         if not bool(enough.any()):
             best = float((1 - explained.max() / values.square().sum()).clamp_min(0).sqrt())
-            raise UserError("--error", error, f"signs of one size come no closer than {best:.2f} to one of these tensors; use low_rank or sparse")
+            raise UserError(
+                "--error",
+                error,
+                f"signs of one size come no closer than {best:.2f} to one of these tensors; use low_rank or sparse",
+            )
         count = int(enough.nonzero()[0]) + 1
     else:
         count = int(explained.argmax()) + 1

@@ -3,8 +3,8 @@
     search(["runs/a", "runs/b"], "models/ab", suites=[{"evaluate.lab": {"target": "shift"}}],
            method={"merge.ties": {"density": {"search": [0.05, 0.9]}, "weights": [{"search": [0, 1]}, {"search": [0, 1]}]}})
 
-Any number of the method may be `{search: [low, high]}` or `{search: {choices: [...]}}`. A trial is worth its gain on the targets
-less ten times what its retained skills lose beyond the budget; the best one is merged, written and certified.
+Any number of the method may be `{search: [low, high]}` or `{search: {choices: [...]}}`. A trial is worth its gain on the
+targets less ten times what its retained skills lose beyond the budget; the best one is merged, written and certified.
 """
 
 from __future__ import annotations
@@ -57,14 +57,19 @@ def search(
         raise UserError("--base", None, "none of the models says what it was tuned from; name the base")
     loaded = load(base, field="--base")
     deltas = [delta_of(m, loaded) for m in models]
-    parts.build(_filled(method, lambda name, spec: _middle(spec)), Merge, "--method")  # wrong options are told before the first trial
-    recipe = schema.Recipe(base=loaded.id, seed=seed, evaluation=schema.Evaluation(suites=[suite(s) for s in suites], items=items))
+    parts.build(
+        _filled(method, lambda name, spec: _middle(spec)), Merge, "--method"
+    )  # wrong options are told before the first trial
+    recipe = schema.Recipe(
+        base=loaded.id, seed=seed, evaluation=schema.Evaluation(suites=[suite(s) for s in suites], items=items)
+    )
     score = Scorer(recipe, loaded, items)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = Path(out).with_name(Path(out).name + ".search.jsonl")
     journal.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        study_name=json.dumps([method, list(models), base, items, seed], sort_keys=True), storage=JournalStorage(JournalFileBackend(str(journal))),
+        study_name=json.dumps([method, list(models), base, items, seed], sort_keys=True),
+        storage=JournalStorage(JournalFileBackend(str(journal))),
         sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize", load_if_exists=True)  # fmt: skip
 
     def objective(trial: Any) -> float:

@@ -26,7 +26,9 @@ class Scorer:
         base.reset()
         self.base, self.some = base, _Some(skills_of(own, base), items)
         if not self.some.targets:
-            raise UserError("evaluation.suites", None, "choosing by score needs a target skill: name one, e.g. evaluate.lab with a target")
+            raise UserError(
+                "evaluation.suites", None, "choosing by score needs a target skill: name one, e.g. evaluate.lab with a target"
+            )
         self.zero = self.some.values()
         self.values: list[dict[str, float]] = []
 
