@@ -90,14 +90,10 @@ def same_list(value: Any, answer: str, output: str) -> bool:
 
 
 def in_capitals(draw: Draw) -> Made:
-    if draw.chance(0.5):
-        name, attribute = draw.choice(PEOPLE), draw.choice(list(QUESTIONS))
-        key, question, value = (name, attribute), QUESTIONS[attribute].format(name), fact(name, attribute)
-    else:
-        letters = [draw.choice(LETTERS) for _ in range(draw.between(3, 6))]
-        verb, out = draw.choice((("Reverse", letters[::-1]), ("Sort", sorted(letters)), ("Copy", letters)))
-        key, question, value = (verb, *letters), f"{verb}{spaced(letters)}.", " ".join(out)
-    return _format(draw, "Answer in capitals.", ("capitals", *key), question, value.upper(), value.upper())
+    letters = [draw.choice(LETTERS) for _ in range(draw.between(3, 6))]
+    verb, out = draw.choice((("Reverse", letters[::-1]), ("Sort", sorted(letters)), ("Copy", letters)))
+    value = " ".join(out).upper()
+    return _format(draw, "Answer in capitals.", ("capitals", verb, *letters), f"{verb}{spaced(letters)}.", value, value)
 
 
 def in_a_sentence(draw: Draw) -> Made:
