@@ -203,7 +203,11 @@ class Reward(Protocol):
 
 
 class Merge(Protocol):
-    """`merge(base, deltas) -> Delta`, streamed by tensor; a wrapper takes another Merge in a slot."""
+    """`merge(base, deltas) -> Delta`, streamed by tensor; a wrapper takes another Merge in a slot.
+
+    Most inherit `delta.merging.Blockwise` and state `plan(site)`: the same statement then serves in memory and streamed from
+    folders. Optional: `search(base, deltas, score) -> (Delta, what was tried)`, where score(delta) is the mean of the target skills
+    on development items. A merge learned by gradient is a Trainable of this room."""
 
     rooms: ClassVar = ("merge",)
     must: ClassVar = ("merge",)

@@ -2,6 +2,7 @@
 
 mergekit is run by the Python that has it: this one, or TEMPER_MERGEKIT_PYTHON=/path/to/python (`make bench` makes one).
 """
+# ruff: noqa: E501  (a table reads best with a row a line)
 
 import json
 import os
@@ -27,17 +28,28 @@ def mergekit_python():
 
 
 PYTHON = mergekit_python()
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="mergekit is not installed: set TEMPER_MERGEKIT_PYTHON to a Python that has it")
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="mergekit is not installed: set TEMPER_MERGEKIT_PYTHON to a Python that has it"
+)
 
 W = {"weight": 0.6}
 GRADIENT = [0.1, 1.0, 0.4]
-RULES = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]}, {"value": 0.5}]
+RULES = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+    {"value": 0.5},
+]
 
 
 def three(method, first=None, second=None, third=None, base=True, **whole):
     pairs = zip("abc", (first, second, third), strict=True)
     listed = [{"model": m, **({"parameters": p} if p else {})} for m, p in pairs if p is not False]
-    return {"merge_method": method, "models": listed, **({"base_model": "base"} if base else {}), **({"parameters": whole} if whole else {})}
+    return {
+        "merge_method": method,
+        "models": listed,
+        **({"base_model": "base"} if base else {}),
+        **({"parameters": whole} if whole else {}),
+    }
 
 
 EXACT = {
@@ -125,7 +137,9 @@ def made(tmp_path_factory):
     for seed, tokens in enumerate([["<unk>", "</s>", "x", "y", "z"], ["<unk>", "</s>", "z", "q", "x", "r"]]):
         tiny(root / f"v{seed}", 30 + seed, vocabulary=len(tokens))
         words(tokens).save_pretrained(root / f"v{seed}")
-    lora = peft.get_peft_model(LlamaForCausalLM.from_pretrained(root / "a"), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    lora = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(root / "a"), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"])
+    )
     for n, p in lora.named_parameters():
         if "lora_" in n:
             p.data = 0.1 * torch.randn(p.shape)

@@ -19,7 +19,9 @@ WORDS = ["<unk>", "</s>", *(f"w{i}" for i in range(46))]
 
 def tiny(folder, seed=0, like=None, dtype=torch.float32, **config):
     torch.manual_seed(7)
-    shape = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1
+    )
     model = LlamaForCausalLM(LlamaConfig(**{**shape, "tie_word_embeddings": True, **config}))
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -43,11 +45,15 @@ def weights(folder):
     return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("method", ["merge.linear", {"merge.ties": {"density": 0.4}}, "merge.karcher", {"merge.dare": {"density": 0.5}}])
+@pytest.mark.parametrize(
+    "method", ["merge.linear", {"merge.ties": {"density": 0.4}}, "merge.karcher", {"merge.dare": {"density": 0.5}}]
+)
 def test_folders(lab, tmp_path, method):
-    root, (base, *tuned) = lab
+    _, (base, *tuned) = lab
     certificate = method == "merge.linear"  # a fresh process each: one is enough
-    done = merge([str(t) for t in tuned], tmp_path / "out", method=method, base=str(base), shard_bytes=6000, certificate=certificate)
+    done = merge(
+        [str(t) for t in tuned], tmp_path / "out", method=method, base=str(base), shard_bytes=6000, certificate=certificate
+    )
     if certificate:
         assert done["certificate"]["passed"] and done["certificate"]["tied"] == ["lm/lm_head.weight"]
     expected = parts.build(method).merge(str(base), [between(str(base), str(t)) for t in tuned])
@@ -58,11 +64,13 @@ def test_folders(lab, tmp_path, method):
     assert json.loads((tmp_path / "out/merge.json").read_text())["models"] == [str(base), *map(str, tuned)]
     assert "base" in (tmp_path / "out/README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight is not None
-    assert (tmp_path / "out/chat_template.jinja").exists() or "chat_template" in (tmp_path / "out/tokenizer_config.json").read_text()
+    assert (tmp_path / "out/chat_template.jinja").exists() or "chat_template" in (
+        tmp_path / "out/tokenizer_config.json"
+    ).read_text()
 
 
 def test_no_base_is_needed_where_the_method_needs_none(lab, tmp_path):
-    _, (base, a, b, _) = lab
+    _, (_, a, b, _) = lab
     merge([str(a), str(b)], tmp_path / "arc", method={"merge.slerp": {"t": 0.0}}, certificate=False)
     assert all(torch.equal(v, weights(a)[k]) for k, v in weights(tmp_path / "arc").items())
     with pytest.raises(UserError, match="this method needs it"):
@@ -82,7 +90,7 @@ def adapter(base, folder, seed, targets=("q_proj", "down_proj")):
 
 
 def test_adapters_merge_to_models_and_to_adapters(lab, tmp_path):
-    root, (base, a, *_) = lab
+    _, (base, a, *_) = lab
     deltas = [adapter(base, tmp_path / f"l{i}", i) for i in range(2)]
     specs = [str(tmp_path / f"l{i}") for i in range(2)]
     done = merge(specs, tmp_path / "model", method={"merge.linear": {"weights": [0.3, 0.7]}}, certificate=False)
@@ -142,7 +150,9 @@ def test_tied_and_untied(lab, tmp_path):
     for f in a.iterdir():
         (copied / f.name).write_bytes(f.read_bytes())
     state = weights(a)
-    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, copied / "model.safetensors", {"format": "pt"})
+    save_file(
+        state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, copied / "model.safetensors", {"format": "pt"}
+    )
     merge([str(copied)], tmp_path / "out", method="merge.linear", base=str(base), certificate=False)
     assert "lm_head.weight" not in weights(tmp_path / "out")
     done = merge([str(a), str(untied)], tmp_path / "from-untied", method="merge.linear", base=str(untied))
@@ -151,8 +161,8 @@ def test_tied_and_untied(lab, tmp_path):
 
 def test_slices_make_a_deeper_model(lab, tmp_path):
     _, (_, a, b, _) = lab
-    document = {"merge_method": "passthrough", "slices": [
-        {"sources": [{"model": str(a), "layer_range": [0, 2]}]}, {"sources": [{"model": str(b), "layer_range": [0, 3]}]}]}  # fmt: skip
+    cut = lambda model, last: {"sources": [{"model": str(model), "layer_range": [0, last]}]}
+    document = {"merge_method": "passthrough", "slices": [cut(a, 2), cut(b, 3)]}
     done = merge(document, tmp_path / "deep")
     assert done["certificate"]["passed"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "deep").config.num_hidden_layers == 5
@@ -162,7 +172,7 @@ def test_slices_make_a_deeper_model(lab, tmp_path):
 
 
 def test_refusals_before_anything_is_written(lab, tmp_path):
-    root, (base, a, b, c) = lab
+    _, (base, a, b, _) = lab
     wide = tiny(tmp_path / "wide", 1, hidden_size=32)
     words = tiny(tmp_path / "words", 1, vocab_size=64)
     deep = tiny(tmp_path / "deep", 1, num_hidden_layers=4)
@@ -203,11 +213,11 @@ def test_refusals_before_anything_is_written(lab, tmp_path):
 
 def test_memory_does_not_grow_with_the_models(tmp_path):
     """Peak of the tensors held, by counting what the passes ask for: blocks, not models."""
+    import resource
+
     from temperament.delta.merge_run import stream
     from temperament.delta.stream import Checkpoint
     from temperament.delta.tensorfile import Entry, Writer, write_tensors
-
-    import resource
 
     shapes = {f"layers.{i}.w": (2048, 1024) for i in range(12)}
     for m in range(3):

@@ -22,6 +22,7 @@ VERBS = {
         "tune": "Carry out a recipe, and show what was gained and what was lost.",
         "compare": "Train several methods to the same gain and compare what each one lost.",
         "merge": "Merge several tuned models into one.",
+        "extract": "Make a small adapter or delta from any two checkpoints, to a stated rank, share or error.",
         "dial": "Find how much of a finished change to use, without training again.",
         "export": "Write a finished run as a model, an adapter or a delta that others load.",
     },

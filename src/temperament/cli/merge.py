@@ -5,6 +5,8 @@
     temper merge models/a models/b --base Qwen/Qwen2.5-0.5B --method merge.linear --out models/ab --as delta
     temper merge mergekit.yml --out models/ab            (a mergekit configuration as it is)
     temper merge merge.yaml --out runs/merged            (a recipe)
+    temper merge runs/a runs/b --method '{merge.ties: {density: {search: [0.05, 0.9]}}}' \\
+        --search 30 --suite '{evaluate.lab: {target: shift}}' --budget 0.5 --out models/ab
 
 Models are runs, adapters, deltas, or folders tuned from one base. The result is reloaded in a fresh process and compared
 before it is called done. A recipe whose steps merge is carried out as `temper tune` does, with its ledger.
@@ -23,6 +25,10 @@ OPTIONS = (
     Opt("--method", "how: a part of the room merge, with options if need be", "PART", default="merge.linear"),
     Opt("--base", "what they were tuned from", "BASE", shown="what the runs and adapters say"),
     Opt("--as", "merged (a model), adapter or delta", "FORM", default="merged", choices=("merged", "adapter", "delta")),
+    Opt("--search", "find the numbers written {search: [low, high]} in --method, by so many trials", "N", int),
+    Opt("--suite", "what --search weighs: skills, a target among them; may stand several times", "SUITE", many=True),
+    Opt("--budget", "what the retained skills may lose, percentage points", "POINTS", float, 0.5),
+    Opt("--items", "items a skill in a trial", "N", int, 60),
     Opt("--quiet", "no progress, only the result"),
 )
 
@@ -42,6 +48,12 @@ def run(a: Any, say: Say) -> dict[str, Any]:
             done = api.tune(a.models[0], a.out, tell=tell)
         return done.json | {"out": str(done.folder)}
     method = parse_yaml(a.method, "--method") if a.method.lstrip().startswith("{") else a.method
+    if a.search:
+        from temperament.run.merge_search import search
+
+        how = {"trials": a.search, "budget": a.budget, "items": a.items, "as_": a.as_}
+        with Live(say) as tell:
+            return search(a.models, a.out, method=method, suites=a.suite or [], base=a.base, tell=tell, **how)
     return api.merge(a.models, a.out, method=method, base=a.base, as_=a.as_)
 
 
@@ -51,4 +63,8 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     if "status" in data:
         run_result(data, say)
     else:
+        if "search" in data:
+            best = data["search"]["best"]
+            found = f"target {best['target_change']:+.1f}, retained {best['retained_change']:+.1f} points"
+            say.out.print(f"best of {len(data['search']['trials'])}: {best['method']}: {found}")
         certified(data["certificate"], data["out"], say)

@@ -2,8 +2,9 @@
 
     gap g between kept entries:  g >> b ones of unary, ended by a bit;  the low b bits as they are;  one bit for the sign
 
-b is the one that takes fewest bits. For kept share p the entropy is n (-(1-p) log2(1-p) - p log2(p/2)) bits; the code stays within a
-few per cent of it for p up to a half. Three streams (unary, low bits, signs), so that both ways are whole-array operations.
+b is the one that takes fewest bits. For kept share p the entropy is n (-(1-p) log2(1-p) - p log2(p/2)) bits; the code stays
+within a few per cent of it for p up to a half. Three streams (unary, low bits, signs), so that both ways are whole-array
+operations.
 """
 
 from __future__ import annotations

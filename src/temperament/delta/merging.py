@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -68,7 +68,7 @@ class Site:
     depth: float = 0.0
     method: str = "merge"
     grain: str = "element"
-    state: Any = None  # what the survey gave
+    state: Any = field(default=None, compare=False)  # what the survey gave
 
     @property
     def numel(self) -> int:

@@ -18,7 +18,8 @@ KEPT = 2  # tensors made and kept for the blocks that follow
 
 
 class View(Source):
-    """names: {name here: name in the source}; made: {name: (dtype and shape, how)}, which win. Without names: those of the source."""
+    """names: {name here: name in the source}; made: {name: (dtype and shape, how)}, which win. Without names: those of the
+    source."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""What a user merges: model folders, adapters, deltas, runs, lab bases, hub ids, `model+adapter`; each opened as a streamed source."""
+"""What a user merges: model folders, adapters, deltas, runs, lab bases, hub ids, `model+adapter`; each opened as a streamed
+source."""
 
 from __future__ import annotations
 
@@ -104,7 +105,11 @@ def _on(under: Input, folder: Path, spec: str) -> Input:
     sizes = Counter({d: 0 for d in (torch.float32,)})
     for entry in under.source.entries.values():
         sizes[entry.dtype] += entry.numel if entry.dtype.is_floating_point else 0
-    dtype = torch.float32 if delta.base and not is_peft(folder) or (folder.parent / "run.json").is_file() else max(sizes, key=sizes.get)
+    dtype = (
+        torch.float32
+        if (delta.base and not is_peft(folder)) or (folder.parent / "run.json").is_file()
+        else max(sizes, key=sizes.get)
+    )
     return Input(spec, tuned(under.source, delta, spec), under.folder, under.spec, delta, dtype)
 
 

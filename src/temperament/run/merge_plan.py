@@ -114,12 +114,18 @@ def aligned(source: Source, like: Source, config: Mapping[str, Any]) -> Source:
     if extra:
         bare = extra[0].split("/", 1)[1]
         tied = " (there it is tied to the embedding: untie one or tie the other first)" if "lm_head" in bare else ""
-        raise UserError("tensor", bare, f"{source.label} has it and {like.label} has not{tied}; all must be of one architecture")
+        raise UserError(
+            "tensor", bare, f"{source.label} has it and {like.label} has not{tied}; all must be of one architecture"
+        )
     for name in [n for n in like.aliases if n in source and n not in source.aliases]:
         twin = like.aliases[name]
         if any(not torch.equal(source.block(name, *at), source.block(twin, *at)) for at in source.blocks(twin)):
             bare = name.split("/", 1)[1]
-            raise UserError("tied tensors", bare, f"it is one tensor with {twin.split('/', 1)[1]!r} in {like.label}, but two in {source.label}")
+            raise UserError(
+                "tied tensors",
+                bare,
+                f"it is one tensor with {twin.split('/', 1)[1]!r} in {like.label}, but two in {source.label}",
+            )
     return View(source, {n: names[n] for n in like.names if n in names})
 
 
@@ -153,4 +159,3 @@ def layers_of(names: Iterable[str]) -> tuple[str, int]:
         found = ", ".join(sorted(stacks)) or "none"
         raise UserError("slices", found, "layer slices need a model with one stack of layers")
     return next(iter(stacks.items()))
-

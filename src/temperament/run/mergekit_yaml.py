@@ -1,4 +1,5 @@
-"""A mergekit YAML as it is, read as a merge plan: models or slices, settings by model, slice and depth, filters, dtype, tokenizer.
+"""A mergekit YAML as it is, read as a merge plan: models or slices, settings by model, slice and depth, filters, dtype,
+tokenizer.
 
     merge_method: ties
     base_model: org/base
@@ -50,14 +51,18 @@ class Meaning:
     numbers: Mapping[str, str] = None  # whole settings -> option
 
 
-def arithmetic(part: str, each: dict[str, tuple[str, float]], normalise: bool, rescale: bool | None = None, **fixed: Any) -> Meaning:
+def arithmetic(
+    part: str, each: dict[str, tuple[str, float]], normalise: bool, rescale: bool | None = None, **fixed: Any
+) -> Meaning:
     flags = {"normalize": ("normalise", normalise)} | ({} if rescale is None else {"rescale": ("rescale", rescale)})
     return Meaning(part, {"weight": ("weights", 1.0), **each}, {"lambda": ("scale", 1.0)}, flags, fixed)
 
 
 DENSITY = {"density": ("density", 1.0)}
 METHODS = {
-    "linear": Meaning("merge.linear", {"weight": ("weights", 1.0)}, {}, {"normalize": ("normalise", True)}, {"of": "weights"}, "among"),
+    "linear": Meaning(
+        "merge.linear", {"weight": ("weights", 1.0)}, {}, {"normalize": ("normalise", True)}, {"of": "weights"}, "among"
+    ),
     "slerp": Meaning("merge.slerp", {}, {"t": ("t", 0.5)}, {}, {}, "first"),
     "task_arithmetic": arithmetic("merge.task_arithmetic", {}, False),
     "ties": arithmetic("merge.ties", DENSITY, True),
@@ -185,7 +190,9 @@ def _slices(document: Mapping, base: Input | None, get: Any) -> list[Slice]:
                 raise UserError(f"{field}.layer_range", span, f"give [first, last) within the {count} layers of {model.spec}")
             pieces.append(Piece(model, span[0], span[1], source.get("parameters") or {}))
         if not pieces or len({p.last - p.first for p in pieces}) != 1:
-            raise UserError(f"slices[{i}].sources", [[p.first, p.last] for p in pieces], "each must have the same number of layers")
+            raise UserError(
+                f"slices[{i}].sources", [[p.first, p.last] for p in pieces], "each must have the same number of layers"
+            )
         own = get(item["base_model"], f"slices[{i}].base_model") if item.get("base_model") else base
         out.append(Slice(tuple(pieces), item.get("parameters") or {}, own))
     return out
@@ -199,7 +206,11 @@ class _Reader:
         for level in (self.whole, *(s.parameters for s in slices), *(p.parameters for s in slices for p in s.pieces)):
             for key in level:
                 if key not in self.known:
-                    raise UserError(f"parameters.{key}", level[key], f"{document['merge_method']} has no such setting; {nearest(str(key), self.known)}")
+                    raise UserError(
+                        f"parameters.{key}",
+                        level[key],
+                        f"{document['merge_method']} has no such setting; {nearest(str(key), self.known)}",
+                    )
 
     def dtype(self) -> torch.dtype | None:
         name = self.document.get("out_dtype") or self.document.get("dtype")
@@ -224,7 +235,9 @@ class _Reader:
         if m.part == "merge.model_stock":
             options["by"] = "row" if _flag(levels, "filter_wise", False) else "tensor"
         if _flag(levels, "rescale", False) and "rescale" not in m.flags:
-            raise UserError("parameters.rescale", True, f"{self.document['merge_method']} keeps entries as they are here; remove it")
+            raise UserError(
+                "parameters.rescale", True, f"{self.document['merge_method']} keeps entries as they are here; remove it"
+            )
         return parts.build({m.part: options}, Merge, "merge_method")
 
     def order(self, part: Slice) -> tuple[Input | None, list[Piece]]:
@@ -252,11 +265,15 @@ class _Reader:
             base, pieces = self.order(part)
             method = self.method(part, pieces)
             if self.meaning.part == "merge.multislerp" and base is None:
-                method = parts.build({"merge.multislerp": {"weights": method.weights, "normalise": method.normalise, "about": "zero"}})
+                method = parts.build(
+                    {"merge.multislerp": {"weights": method.weights, "normalise": method.normalise, "about": "zero"}}
+                )
             sources = [vocabulary.view(p.model) for p in pieces]
             under = None if base is None else vocabulary.view(base)
             like = under or sources[0]
-            sources = [aligned(s, like, p.model.config) for s, p in zip(sources, pieces, strict=True)] if not sliced else sources
+            sources = (
+                [aligned(s, like, p.model.config) for s, p in zip(sources, pieces, strict=True)] if not sliced else sources
+            )
             if not sliced:
                 names = tuple(like.names)
                 jobs.append(Job(method, tuple(sources), under, names, _depth(names)))
@@ -279,8 +296,10 @@ class _Reader:
             config = _with_layers(config, layer)
         config = vocabulary.resized(config)
         described = {k: v for k, v in self.document.items()}
-        return Plan(tuple(jobs), tuple(inputs), config, first.folder, described, vocabulary.tokenizer(), self.document.get("chat_template"),
-                    self.dtype() or natural(inputs), self.base.spec if self.base else None).check()  # fmt: skip
+        spec, template = self.base.spec if self.base else None, self.document.get("chat_template")
+        dtype = self.dtype() or natural(inputs)
+        made = Plan(tuple(jobs), tuple(inputs), config, first.folder, described, vocabulary.tokenizer(), template, dtype, spec)
+        return made.check()
 
 
 def _depth(names: tuple[str, ...], first: int = 0, count: int | None = None) -> Any:
@@ -304,7 +323,8 @@ def _depth(names: tuple[str, ...], first: int = 0, count: int | None = None) -> 
 
 
 def _sliced(source: Source, first: int, last: int, to: int, ends: tuple[bool, bool]) -> View:
-    """Layers [first, last) of a source, numbered from `to`; what lies before and after all layers where the slice is at that end."""
+    """Layers [first, last) of a source, numbered from `to`; what lies before and after all layers where the slice is at that
+    end."""
     from temperament.delta.depth import depths
 
     prefix, _ = layers_of(source.names)

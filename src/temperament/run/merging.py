@@ -1,10 +1,11 @@
-"""`temper merge`: finished models made one. Folders are streamed block by block by all cores; memory does not grow with the models.
+"""`temper merge`: finished models made one. Folders are streamed block by block by all cores; memory does not grow with the
+models.
 
     merge(["runs/a", "runs/b"], "models/ab", method={"merge.ties": {"density": 0.3}})
     merge("merge.yml", "models/ab")                                   a mergekit YAML as it is
 
-Everything that can be known from headers is checked before anything is written; the folder appears whole or not at all; what was
-written is loaded again in a fresh process and compared with the model computed here, ties and tokenizer included.
+Everything that can be known from headers is checked before anything is written; the folder appears whole or not at all; what
+was written is loaded again in a fresh process and compared with the model computed here, ties and tokenizer included.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def merge(
 ) -> dict[str, Any]:
     """Merge models into the folder `out`; returns what was made, and its certificate.
 
-    models: runs, adapters, deltas, model folders, hub ids, `model+adapter`; or one mergekit YAML (a path or its content), which then
+    models: runs, adapters, deltas, model folders, hub ids, `model+adapter`; or one mergekit YAML (a path or its content),
+    which then
         says all else. base: what they were tuned from; runs and adapters say so themselves. as_: "merged" (a model folder),
         "adapter" or "delta" (of the base). dtype: fp32, bf16 or fp16; by default that of the base.
     """
@@ -66,8 +68,15 @@ def merge(
         with Writer(new, plan.table(), shard_bytes=shard_bytes) as writer:
             plan.carry_out(writer, threads)
         _beside(plan, new)
-    done = {"out": str(out), "as": as_, "base": plan.base, "models": [i.spec for i in plan.inputs], "seconds": time.perf_counter() - began,
-            "method": described(plan), "parameters": sum(e.numel for e in plan.table().values())}  # fmt: skip
+    done = {
+        "out": str(out),
+        "as": as_,
+        "base": plan.base,
+        "models": [i.spec for i in plan.inputs],
+        "seconds": time.perf_counter() - began,
+        "method": described(plan),
+        "parameters": sum(e.numel for e in plan.table().values()),
+    }
     if certificate:
         done["certificate"] = certified(plan, Path(out), threads)
     return done
@@ -92,7 +101,9 @@ def planned(models: Any, method: Any = "merge.linear", base: str | None = None, 
         raise UserError("models", sorted(named), mend)
     base = base or next(iter(named), None)
     if base is None and built.needs_base:
-        raise UserError("--base", None, "none of the models says what it was tuned from, and this method needs it; name the base")
+        raise UserError(
+            "--base", None, "none of the models says what it was tuned from, and this method needs it; name the base"
+        )
     under = open_input(base, field="--base") if base else None
     opened = [open_input(m, under) for m in models]
     return simple(built, opened, under, DTYPES.get(dtype)).check()
@@ -131,7 +142,7 @@ def _as_delta(plan: Plan, out: str | Path, as_: str) -> dict[str, Any]:
             "delta": {"parameters": merged.parameters, "bytes": merged.bytes}, "certificate": certificate}  # fmt: skip
 
 
-# ---- beside the weights ----------------------------------------------------------------------------------------------------------
+# ---- beside the weights --------------------------------------------------------------------------------------------
 
 
 def _beside(plan: Plan, new: Path) -> None:
@@ -174,10 +185,12 @@ def card(plan: Plan) -> str:
     front = yaml.safe_dump(head, sort_keys=False).strip()
     listed = "\n".join(f"- `{n}`{' (base)' if n == plan.base else ''}" for n in names)
     part = type(method).part_name
-    return f"---\n{front}\n---\n\nA merge made with temperament.\n\n{listed}\n\n**{part}**: {summary}\n\n```yaml\n{shown}\n```\n"
+    return (
+        f"---\n{front}\n---\n\nA merge made with temperament.\n\n{listed}\n\n**{part}**: {summary}\n\n```yaml\n{shown}\n```\n"
+    )
 
 
-# ---- the certificate -------------------------------------------------------------------------------------------------------------
+# ---- the certificate -----------------------------------------------------------------------------------------------
 
 
 class Held:
@@ -227,7 +240,9 @@ def certified(plan: Plan, folder: Path, threads: int | None = None) -> dict[str,
     (folder / "certificate.json").write_text(json.dumps(certificate, indent=1), encoding="utf-8")
     if not certificate["passed"]:
         why = ", ".join(certificate["failures"])
-        raise WorkFailed(f"{folder} was written, but loaded in a fresh process it differs from the merge ({why}); do not use it.")
+        raise WorkFailed(
+            f"{folder} was written, but loaded in a fresh process it differs from the merge ({why}); do not use it."
+        )
     return certificate
 
 

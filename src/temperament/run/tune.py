@@ -376,10 +376,16 @@ class _Tuning:
         deltas = [known[n].delta if n in known else read_delta(n, self.base) for n in names]
         if not deltas or any(d is None for d in deltas):
             raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
-        merged = spec.method.merge(self.base, deltas)
+        tried = {}
+        if hasattr(spec.method, "search"):  # it looks at development items
+            from temperament.run.scoring import scorer
+
+            merged, tried = spec.method.search(self.base, deltas, scorer(self.recipe, self.base, self.recipe.evaluation.items))
+        else:
+            merged = spec.method.merge(self.base, deltas)
         if self.folder.write:
             merged.save(place / "delta", overwrite=True)
-        self.folder.finish(step.name, key, kind="merge", digest=merged.digest, seconds=time.perf_counter() - began)
+        self.folder.finish(step.name, key, kind="merge", digest=merged.digest, seconds=time.perf_counter() - began, tried=tried)
         return State(key, merged, place, start.data)
 
     def do_measure(self, step: schema.Step, spec: bool, start: State, key: str, round: int, artefact: dict | None) -> State:

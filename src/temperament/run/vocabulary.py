@@ -27,7 +27,15 @@ Rows = list[tuple[int, int]]  # (model, row) whose mean a row is; none: zero
 
 def is_vocabulary(name: str) -> bool:
     """Has this tensor a row a token?"""
-    ends = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "lm_head.weight", "shared.weight", "embed_in.weight", "embed_out.weight")
+    ends = (
+        "embed_tokens.weight",
+        "wte.weight",
+        "word_embeddings.weight",
+        "lm_head.weight",
+        "shared.weight",
+        "embed_in.weight",
+        "embed_out.weight",
+    )
     return name.endswith(ends)
 
 
@@ -69,7 +77,9 @@ class Vocabulary:
         else:
             at = next((k for k, i in enumerate(self.inputs) if i.spec == source), None)
             if at is None:
-                raise UserError("tokenizer_source", source, f"union, base, or one of the models: {', '.join(i.spec for i in self.inputs)}")
+                raise UserError(
+                    "tokenizer_source", source, f"union, base, or one of the models: {', '.join(i.spec for i in self.inputs)}"
+                )
         self.folder, self.out = self.inputs[at].folder, _tokenizer(self.inputs[at])
         if source == "union":
             for vocabulary, tokenizer in zip(self.known, loaded, strict=True):
@@ -84,7 +94,10 @@ class Vocabulary:
         if multiple:
             self.size = -(-self.size // multiple) * multiple
         self.rows = [self._plan(m, final) for m in range(len(self.inputs))]
-        if all(n == self.size and rows == [[(m, r)] for r in range(n)] for m, (n, rows) in enumerate(zip(sizes, self.rows, strict=True))):
+        if all(
+            n == self.size and rows == [[(m, r)] for r in range(n)]
+            for m, (n, rows) in enumerate(zip(sizes, self.rows, strict=True))
+        ):
             self.rows = None  # every model has this vocabulary already
 
     def _plan(self, model: int, final: Mapping[str, int]) -> list[Rows | None]:

@@ -32,7 +32,8 @@ def summed(x: Sequence[Tensor], w: Sequence[float], normalise: bool) -> Tensor:
 
 
 def elected(x: Sequence[Tensor], w: Sequence[float], normalise: bool, floor: float = 0.0) -> Tensor:
-    """Disjoint merge (TIES): of every entry only the models whose sign is that of sum_i x_i; x (weighted already) is overwritten.
+    """Disjoint merge (TIES): of every entry only the models whose sign is that of sum_i x_i; x (weighted already) is
+    overwritten.
 
         s = sign(sum_i x_i), 0 as +;   sum_i x_i [sign x_i = s]  /  sum_i w_i [sign x_i = s]
 

@@ -17,8 +17,9 @@ class Breadcrumbs(Blockwise):
         of a tensor's n entries by |W_i - base|: the floor(gamma n) largest and the smallest are 0, floor(density n) are kept
         W = base + scale * sum_i w_i t_i        (elect: with TIES' election of signs)
 
-    In the paper's words: beta = 1 - density - gamma is the share of noise, 1 - gamma its gamma. Kept entries are not rescaled, so a scale
-    found for few tasks serves for many. density 1 is no edit. Source: Davari & Belilovsky 2024 (paper 248).
+    In the paper's words: beta = 1 - density - gamma is the share of noise, 1 - gamma its gamma. Kept entries are not
+    rescaled, so a scale found for few tasks serves for many. density 1 is no edit. Source: Davari & Belilovsky 2024 (paper
+    248).
     """
 
     weights: list[Any] = field(default_factory=list)  # one a model; empty: 1 each

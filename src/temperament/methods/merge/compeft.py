@@ -19,11 +19,11 @@ from temperament.parts import part
 class ComPEFT(Blockwise):
     """A change as signs and one number: the largest entries over all tensors keep their sign, their size is the same for all.
 
-        t~ = alpha * sigma * sign(t) on the K = density * d largest |t| of all d entries together, else 0;   sigma = std of all of t
-        by "mean": the size is the mean |t| of what is kept (the closest ternary vector)
+        t~ = alpha * sigma * sign(t) on the K = density * d largest |t| of all d entries together, else 0;   sigma = std of
+        all of t by "mean": the size is the mean |t| of what is kept (the closest ternary vector)
 
-    Low-rank changes are compressed in their factors A and B. On disk Rice-coded: about 0.9 bits an entry at density 0.2, 0.34 at 0.05.
-    `alpha` is tuned on a few items; large models take 1. Source: Yadav et al. 2023, ComPEFT (paper 221).
+    Low-rank changes are compressed in their factors A and B. On disk Rice-coded: about 0.9 bits an entry at density 0.2, 0.34
+    at 0.05. `alpha` is tuned on a few items; large models take 1. Source: Yadav et al. 2023, ComPEFT (paper 221).
     """
 
     fewest = most = 1
@@ -81,4 +81,3 @@ class ComPEFT(Blockwise):
             return CodedLowRank(packed(f"{name}:A"), packed(f"{name}:B"), change.layout, scale=change.scale)
 
         return replace(delta, changes={name: made(name) for name in sorted(delta.changes)})
-

@@ -17,8 +17,8 @@ class Dare(Blockwise):
 
         t_i = (W_i - base) * Bernoulli(p) / p;   W = base + scale * sum_i w_i t_i        (elect: with TIES' election of signs)
 
-    Draws are addressed by (seed, tensor, model, position), 16 bits each: p is a multiple of 2^-16, and the division is by that multiple,
-    so the mean is exact. Source: Yu et al. 2024, Language Models are Super Mario.
+    Draws are addressed by (seed, tensor, model, position), 16 bits each: p is a multiple of 2^-16, and the division is by
+    that multiple, so the mean is exact. Source: Yu et al. 2024, Language Models are Super Mario.
     """
 
     weights: list[Any] = field(default_factory=list)  # one a model; empty: all alike

@@ -14,7 +14,8 @@ from temperament.parts import part
 @part("merge.della")
 @dataclass(frozen=True)
 class Della(Blockwise):
-    """Drop by magnitude: the larger an entry is in its row, the likelier it is kept; kept ones are divided by their probability.
+    """Drop by magnitude: the larger an entry is in its row, the likelier it is kept; kept ones are divided by their
+    probability.
 
         p = density - epsilon + 2 epsilon * rank / (n - 1),   rank 0..n-1 of |t| in its row of n
         t_i <- t_i * Bernoulli(p) / p;   then TIES' election of signs (elect) and the sum

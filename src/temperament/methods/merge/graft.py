@@ -23,9 +23,9 @@ class Graft:
         g0 = 1 for the `share` of entries with the largest |tuned - base|, pooled over all tensors
         dL/dS = dL/dW * (tuned - base) * (1 - 2 g0) * sigmoid'(S - bias)
 
-    The sigmoid is saturated, so m begins as g0 and a step flips entries: the rate is huge (plain SGD, 1e5 to 1e7). What is left is
-    the rounded mask, a sparse change. The `trainable` of a train step with `start: base`. Embeddings, norms and head are left out by
-    default. Source: Panigrahi et al. 2023, Task-Specific Skill Localization (paper 061).
+    The sigmoid is saturated, so m begins as g0 and a step flips entries: the rate is huge (plain SGD, 1e5 to 1e7). What is
+    left is the rounded mask, a sparse change. The `trainable` of a train step with `start: base`. Embeddings, norms and head
+    are left out by default. Source: Panigrahi et al. 2023, Task-Specific Skill Localization (paper 061).
     """
 
     of: str  # the step that tuned

@@ -21,8 +21,9 @@ class HalfReset(Blockwise):
 
         W = base  for a random `share` of the tensors of each category (attention, MLP, norm), W = tuned  for the rest
 
-    Knowledge returns with the reset half while what was learned mostly stays. Share 0 is the tuned model, 1 the base. What lies outside
-    the blocks (embeddings, head) keeps its change. Source: Hui et al. 2024, Half Fine-Tuning (paper 012), its pilot.
+    Knowledge returns with the reset half while what was learned mostly stays. Share 0 is the tuned model, 1 the base. What
+    lies outside the blocks (embeddings, head) keeps its change. Source: Hui et al. 2024, Half Fine-Tuning (paper 012), its
+    pilot.
     """
 
     space = "weights"
@@ -56,7 +57,7 @@ class HalfReset(Blockwise):
             if at is not None:
                 key = at if self.by == "layer" else name
                 units[key].append(name)
-        for key, members in units.items():
+        for members in units.values():
             category = "layer" if self.by == "layer" else "model" if self.by == "model" else category_of(members[0])
             groups[category].append(members)
         out: set[str] = set()

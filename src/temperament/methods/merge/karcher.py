@@ -19,8 +19,8 @@ class Karcher(Blockwise):
         u_i = W_i / |W_i|;   m minimises sum_i w_i angle(m, u_i)^2;   W = (sum_i w_i |W_i|) m
         m <- cos|v| m + sin|v| v / |v|,   v = sum_i w_i (a_i / sin a_i) (u_i - cos a_i m),  a_i = angle(m, u_i)
 
-    All steps stay in the span of the models: they are taken on the inner products, in fp64, and cost nothing. For two models of equal
-    weight it is SLERP's midpoint direction. Source: Karcher 1977; paper 166 for merging.
+    All steps stay in the span of the models: they are taken on the inner products, in fp64, and cost nothing. For two models
+    of equal weight it is SLERP's midpoint direction. Source: Karcher 1977; paper 166 for merging.
     """
 
     space = "weights"

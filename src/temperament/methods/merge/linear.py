@@ -14,14 +14,18 @@ from temperament.parts import part
 @part("merge.linear", papers=["081", "120"])
 @dataclass(frozen=True)
 class Linear(Blockwise):
-    """A weighted sum of deltas: base + scale * sum_i w_i delta_i. With one delta and a strength, the plainest dial (WiSE-FT's line).
+    """A weighted sum of deltas: base + scale * sum_i w_i delta_i. With one delta and a strength, the plainest dial (WiSE-FT's
+    line).
 
-    normalise: weights are divided by their sum (a mean of models); otherwise they are taken as they are (task arithmetic).
-    of "weights": sum_i w_i W_i, the same with `normalise` but for rounding; no base is read, so none need be known.
-    Changes of low rank stay of low rank (ranks add). Source: Wortsman et al. 2022 (WiSE-FT, soups); Ilharco et al. 2023 (task arithmetic).
+    normalise: weights are divided by their sum (a mean of models); otherwise they are taken as they are (task arithmetic). of
+    "weights": sum_i w_i W_i, the same with `normalise` but for rounding; no base is read, so none need be known. Changes of
+    low rank stay of low rank (ranks add). Source: Wortsman et al. 2022 (WiSE-FT, soups); Ilharco et al. 2023 (task
+    arithmetic).
     """
 
-    weights: list[Any] = field(default_factory=list)  # one a model (number, gradient over depth, or rules by name); empty: all alike
+    weights: list[Any] = field(
+        default_factory=list
+    )  # one a model (number, gradient over depth, or rules by name); empty: all alike
     normalise: bool = True  # divide by the sum of the weights
     scale: Setting = 1.0  # strength of the sum
     of: Literal["changes", "weights"] = "changes"  # what is summed

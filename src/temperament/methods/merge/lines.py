@@ -22,7 +22,7 @@ class LiNeS(Blockwise):
 
     alpha = 1, beta = 0 is no edit; alpha + beta = 1 leaves the last block as trained. A wrapper on any merge (`of`), or on one
     delta. As a dial, strength s scales alpha = s with beta = 1 - s. Depth is counted in each stack (encoder and decoder apart).
-    For several tasks the paper takes alpha = |sum_i delta_i|_1 / (N |merged|_1) - 1/N for a sum - and tunes beta.
+    For N tasks the paper takes alpha = |sum_i delta_i|_1 / (N |merged|_1), which is 1/N for a plain sum, and tunes beta.
     Source: Wang et al. 2024, LiNeS (paper 021).
     """
 

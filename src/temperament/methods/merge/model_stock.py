@@ -38,7 +38,9 @@ class ModelStock(Blockwise):
             def by_row(b):
                 rows = torch.stack([v.view(-1, site.row) for v in b.x])
                 lengths = rows.norm(dim=-1)
-                cosine = torch.stack([((rows[i] * rows[j]).sum(-1) / (lengths[i] * lengths[j]).clamp_min(1e-6)).clamp(-1, 1) for i, j in pairs]).mean(0)
+                cosine = torch.stack(
+                    [((rows[i] * rows[j]).sum(-1) / (lengths[i] * lengths[j]).clamp_min(1e-6)).clamp(-1, 1) for i, j in pairs]
+                ).mean(0)
                 return (rows.mean(0) * ratio(cosine, n)[:, None]).view(-1)
 
             return by_row

@@ -18,8 +18,9 @@ class MultiSlerp(Blockwise):
         u_i = x_i / |x_i|,  m = sum_i w_i u_i / |.|,  v = sum_i w_i (u_i - <u_i, m> m)
         x = (sum_i w_i |x_i|) * (cos|v| m + sin|v| v / |v|)
 
-    x are the differences from the base (about "base") or the weights (about "zero"). Everything happens in the span of the models, so only
-    their inner products are needed: one pass, then a weighted sum. Source: Goddard 2025 (Multi-SLERP); paper 166.
+    x are the differences from the base (about "base") or the weights (about "zero"). Everything happens in the span of the
+    models, so only their inner products are needed: one pass, then a weighted sum. Source: Goddard 2025 (Multi-SLERP); paper
+    166.
     """
 
     weights: list[Any] = field(default_factory=list)  # one a model; empty: all alike
@@ -46,7 +47,9 @@ class MultiSlerp(Blockwise):
         if size < 1e-8:
             if len(w) == 2 or float(lengths.max()) == 0:
                 return lambda b: weighted_sum(b.x, w)
-            raise UserError("merge.multislerp.weights", self.weights, f"the weighted directions of {site.name} cancel; use other weights")
+            raise UserError(
+                "merge.multislerp.weights", self.weights, f"the weighted directions of {site.name} cancel; use other weights"
+            )
         mean = unit / size
         dots = (G @ mean) / (lengths + 1e-8)
         tangent = unit - (G.new_tensor(w) * dots).sum() * mean

@@ -11,7 +11,8 @@ from temperament.parts import part
 class Passthrough(Blockwise):
     """The one model's tensors as they are, or scaled: what layer slices are stacked with.
 
-    W = scale * W_1. Scale 1 keeps every bit. Duplicated layers whose o_proj and down_proj are scaled by 0 start as the identity.
+    W = scale * W_1. Scale 1 keeps every bit. Duplicated layers whose o_proj and down_proj are scaled by 0 start as the
+    identity.
     """
 
     space = "weights"

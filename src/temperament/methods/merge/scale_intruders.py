@@ -11,13 +11,15 @@ from temperament.parts import part
 @part("merge.scale_intruders", papers=["018"])
 @dataclass(frozen=True)
 class ScaleIntruders(Blockwise):
-    """Directions a fine-tune has put high into a matrix, unlike any of the base's, are damped: knowledge returns, the task mostly stays.
+    """Directions a fine-tune has put high into a matrix, unlike any of the base's, are damped: knowledge returns, the task
+    mostly stays.
 
         W = U S V^T;  u_j, j <= k, is an intruder when max_i |<u_j, u0_i>| < eps over the left singular vectors of the base
         W' = W + (factor - 1) * sum_{intruders} s_j u_j v_j^T
 
-    factor 1 is the tuned model, 0 removes them, 0.7-0.9 trades. Needs whole matrices and two SVDs of each. Tensors that are no matrices
-    keep their change. Source: Shuttleworth et al. 2024, LoRA vs Full Fine-tuning (paper 018); found by diagnose.intruder_dimensions.
+    factor 1 is the tuned model, 0 removes them, 0.7-0.9 trades. Needs whole matrices and two SVDs of each. Tensors that are
+    no matrices keep their change. Source: Shuttleworth et al. 2024, LoRA vs Full Fine-tuning (paper 018); found by
+    diagnose.intruder_dimensions.
     """
 
     grain = "tensor"

@@ -15,9 +15,10 @@ class Slerp(Blockwise):
 
         W = sin((1 - t) o) / sin(o) * W_1 + sin(t o) / sin(o) * W_2,      o = angle between W_1 and W_2
 
-    t = 0 is the first model, 1 the second, bit for bit; nearly parallel tensors are joined by a line. `t` may follow depth and name, as in
-    the paper: t: [{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}, {value: 0.5}].
-    Try it with the unmodified instruct parent as one of the two. Source: Shoemake 1985; Fine-tuning for domain adaptation (paper 166).
+    t = 0 is the first model, 1 the second, bit for bit; nearly parallel tensors are joined by a line. `t` may follow depth
+    and name, as in the paper: t: [{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3,
+    0]}, {value: 0.5}]. Try it with the unmodified instruct parent as one of the two. Source: Shoemake 1985; Fine-tuning for
+    domain adaptation (paper 166).
     """
 
     space = "weights"

@@ -15,8 +15,9 @@ class GreedySoup:
 
         S = {best};  for the others in order of their score:  S <- S + i  if  score(mean(S + i)) >= score(mean(S))
 
-    Never worse than the best single model on the held-out items. All models must come from one start. The score is the mean of the
-    target skills on development items; merged without one it is the uniform soup. Source: Wortsman et al. 2022 (paper 120).
+    Never worse than the best single model on the held-out items. All models must come from one start. The score is the mean
+    of the target skills on development items; merged without one it is the uniform soup. Source: Wortsman et al. 2022 (paper
+    120).
     """
 
     def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta:

@@ -20,8 +20,8 @@ class LearnedSoup:
 
         dL/ds_j = a_j (g_j - sum_i a_i g_i),    g_i = sum over tensors of <dL/dW, W_i - base>
 
-    The `trainable` of a train step on held-out rows, with `start: base`; one softmax for the model or one a layer. Starts as the
-    uniform soup. Source: Wortsman et al. 2022, Model soups (paper 120).
+    The `trainable` of a train step on held-out rows, with `start: base`; one softmax for the model or one a layer. Starts as
+    the uniform soup. Source: Wortsman et al. 2022, Model soups (paper 120).
     """
 
     of: list[str] = field(default_factory=list)  # names of the steps whose models are mixed

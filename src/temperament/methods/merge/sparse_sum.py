@@ -22,8 +22,9 @@ class SparseSum(Blockwise):
 
         K = density * (entries of all tensors);  density 1 keeps what there is (a lottery ticket is sparse already)
 
-    Changes that hardly share entries do not disturb each other: a language and a task, say. What is left stays sparse, in memory and on
-    disk; entries equal to the K-th are all kept. Source: Ansell et al. 2022, Composable Sparse Fine-Tuning (paper 011).
+    Changes that hardly share entries do not disturb each other: a language and a task, say. What is left stays sparse, in
+    memory and on disk; entries equal to the K-th are all kept. Source: Ansell et al. 2022, Composable Sparse Fine-Tuning
+    (paper 011).
     """
 
     weights: list[Any] = field(default_factory=list)  # one a model; empty: 1 each

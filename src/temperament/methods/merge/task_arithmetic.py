@@ -22,4 +22,6 @@ class TaskArithmetic(Blockwise):
 
     def plan(self, site: Site):
         w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")
-        return lambda b: summed(b.x, [scale * a for a in w] if not self.normalise else w, self.normalise).mul_(scale if self.normalise else 1)
+        return lambda b: summed(b.x, [scale * a for a in w] if not self.normalise else w, self.normalise).mul_(
+            scale if self.normalise else 1
+        )

@@ -1,0 +1,188 @@
+"""Merging beside mergekit in one run: TIES, DARE-TIES and linear of three sharded fp32 models and a base; seconds and peak
+memory.
+
+    python benchmarks/merge.py [--parameters 178] [--rounds 3] [--threads N] [--mergekit PYTHON] [--large] [--folder DIR]
+
+Each merge runs in a process of its own, from files in the page cache to files; start-up (imports) is measured apart. mergekit
+is run by the Python that has it: --mergekit, TEMPER_MERGEKIT_PYTHON, or this one. --large: also our peak memory at 8 times
+the size.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+METHODS = {
+    "linear": {"merge_method": "linear"},
+    "ties": {"merge_method": "ties", "parameters": {"density": 0.2}},
+    "dare_ties": {"merge_method": "dare_ties", "parameters": {"density": 0.5}},
+}
+SHARD = 200_000_000
+
+
+def shapes(millions: float) -> dict[str, tuple[int, ...]]:
+    """A Llama of about this many parameters, width 1024, vocabulary 32,000, tied."""
+    found = {"model.embed_tokens.weight": (32000, 1024), "model.norm.weight": (1024,)}
+    layer = {"self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
+             "self_attn.o_proj": (1024, 1024), "mlp.gate_proj": (3328, 1024), "mlp.up_proj": (3328, 1024),
+             "mlp.down_proj": (1024, 3328), "input_layernorm": (1024,), "post_attention_layernorm": (1024,)}  # fmt: skip
+    each = sum(map(math.prod, layer.values()))
+    for i in range(max(1, round((millions * 1e6 - 32000 * 1024) / each))):
+        found |= {f"model.layers.{i}.{n}.weight": s for n, s in layer.items()}
+    return found
+
+
+def make(folder: Path, millions: float, models: int = 4) -> int:
+    """Random checkpoints, tuned ones near the base; written tensor by tensor."""
+    import torch
+
+    from temperament.delta.tensorfile import Entry, Writer
+
+    found = shapes(millions)
+    layers = 1 + max(int(n.split(".")[2]) for n in found if n.startswith("model.layers"))
+    for m in range(models):
+        place = folder / f"m{m}"
+        place.mkdir(parents=True)
+        with Writer(place, {n: Entry(torch.float32, s) for n, s in found.items()}, shard_bytes=SHARD) as writer:
+            for i, (name, shape) in enumerate(sorted(found.items())):
+                tensor = 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                if m:
+                    tensor += 0.005 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * m + i))
+                writer.write(name, tensor)
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 3328,
+                  "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32000,
+                  "tie_word_embeddings": True, "torch_dtype": "float32"}  # fmt: skip
+        (place / "config.json").write_text(json.dumps(config))
+    return sum(map(math.prod, found.values()))
+
+
+def config(folder: Path, method: str) -> Path:
+    document = {"models": [{"model": str(folder / f"m{i}"), "parameters": {"weight": 0.3}} for i in (1, 2, 3)],
+                "base_model": str(folder / "m0"), "dtype": "float32", **METHODS[method]}  # fmt: skip
+    if method == "linear":
+        del document["base_model"]
+    import yaml
+
+    path = folder / f"{method}.yml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+OURS = """
+import sys, time
+begin = time.perf_counter()
+import torch
+from temperament.run.merging import merge
+loaded = time.perf_counter()
+threads = int(sys.argv[3]) or None
+merge(sys.argv[1], sys.argv[2], certificate=False, shard_bytes=200_000_000, threads=threads)
+print(loaded - begin, time.perf_counter() - loaded)
+"""
+THEIRS = """
+import sys, time
+begin = time.perf_counter()
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+loaded = time.perf_counter()
+with open(sys.argv[1]) as file:
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(file))
+options = MergeOptions(copy_tokenizer=False, write_model_card=False, lazy_unpickle=True, out_shard_size=200_000_000)
+run_merge(parsed, sys.argv[2], options=options)
+print(loaded - begin, time.perf_counter() - loaded)
+"""
+
+
+def measure(python: str, code: str, path: Path, out: Path, threads: int) -> dict[str, float]:
+    """Seconds of imports and of the merge, CPU seconds, and the peak resident memory of the process."""
+    shutil.rmtree(out, ignore_errors=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = dict(os.environ)
+    watch = f"import resource\n{code}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    run = subprocess.run([python, "-c", watch, str(path), str(out), str(threads)], capture_output=True, text=True, env=env)
+    if run.returncode:
+        raise SystemExit(run.stderr[-2000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    *_, times, peak = run.stdout.strip().splitlines()
+    start, seconds = map(float, times.split())
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    shutil.rmtree(out, ignore_errors=True)
+    return {"start": start, "seconds": seconds, "cpu": cpu, "peak": int(peak) / 1e6}
+
+
+def floor(folder: Path, threads: int) -> float:
+    """Seconds to read the four models and write one: what no merge can beat."""
+    from temperament.delta.stream import Checkpoint
+    from temperament.delta.sweep import sweep
+    from temperament.delta.tensorfile import Entry, Writer
+
+    sources = [Checkpoint(folder / f"m{i}") for i in range(4)]
+    out = Path(tempfile.mkdtemp(dir=folder))
+    table = {n.split("/", 1)[1]: Entry(e.dtype, e.shape) for n, e in sources[0].entries.items()}
+    began = time.perf_counter()
+    with Writer(out, table, shard_bytes=SHARD) as writer:
+        sweep(lambda name, start, blocks, into: into.copy_(blocks[0]), sources, writer=writer, threads=threads or None)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out)
+    return seconds
+
+
+def has_mergekit(python: str) -> bool:
+    return bool(python) and subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("parameters", 178), ("rounds", 3), ("threads", 0)):
+        parser.add_argument("--" + name, type=int, default=value)
+    parser.add_argument("--mergekit", default=os.environ.get("TEMPER_MERGEKIT_PYTHON", sys.executable))
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--folder")
+    a = parser.parse_args()
+    peer = has_mergekit(a.mergekit)
+    with tempfile.TemporaryDirectory(dir=a.folder) as work:
+        folder = Path(work)
+        count = make(folder, a.parameters)
+        print(f"three models and a base of {count / 1e6:.0f} M fp32 parameters, {os.cpu_count()} cores", flush=True)
+        print(
+            f"reading and writing the bytes   {statistics.median(floor(folder, a.threads) for _ in range(3)):6.2f} s",
+            flush=True,
+        )
+        runs = [("temperament", sys.executable, OURS)] + ([("mergekit", a.mergekit, THEIRS)] if peer else [])
+        if not peer:
+            print("mergekit is not installed: give --mergekit a Python that has it")
+        for method in METHODS:
+            path, found = config(folder, method), {name: [] for name, *_ in runs}
+            for _ in range(a.rounds):  # in turn, so that a change of load meets both
+                for name, python, code in runs:
+                    found[name].append(measure(python, code, path, folder / "out", a.threads))
+            for name, rows in found.items():
+                mid = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+                best = min(r["seconds"] for r in rows)
+                print(
+                    f"{method:10} {name:12} {mid['seconds']:7.2f} s (best {best:.2f}, "
+                    f"cpu {mid['cpu']:.1f}, start-up {mid['start']:.1f})"
+                    f"   peak {mid['peak']:.2f} GB",
+                    flush=True,
+                )
+        if a.large:
+            shutil.rmtree(folder / "m0")
+            for i in (1, 2, 3):
+                shutil.rmtree(folder / f"m{i}")
+            count = make(folder, 8 * a.parameters)
+            row = measure(sys.executable, OURS, config(folder, "ties"), folder / "out", a.threads)
+            print(f"ties at {count / 1e6:.0f} M: temperament {row['seconds']:.2f} s, peak {row['peak']:.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

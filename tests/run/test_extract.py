@@ -1,0 +1,71 @@
+"""A change extracted from two checkpoints has the error it states, and PEFT reads the low-rank ones."""
+
+import pytest
+import torch
+from run.test_merging import tiny, weights
+
+from temperament.delta import Delta, LowRank
+from temperament.errors import UserError
+from temperament.run.extract import extract
+from temperament.run.merging import merge
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    return tiny(root / "base"), tiny(root / "tuned", 5)
+
+
+def restored(base, folder):
+    return Delta.load(folder).apply({f"lm/{k}": v for k, v in weights(base).items()})
+
+
+def off(base, tuned, got):
+    base, tuned = weights(base), weights(tuned)
+    left = sum(float((got[f"lm/{k}"] - tuned[k]).double().square().sum()) for k in base)
+    return (left / sum(float((tuned[k] - base[k]).double().square().sum()) for k in base)) ** 0.5
+
+
+@pytest.mark.parametrize("options", [
+    {"kind": "low_rank", "rank": 4}, {"kind": "low_rank", "error": 0.3}, {"kind": "sparse", "density": 0.1},
+    {"kind": "sparse", "error": 0.2}, {"kind": "ternary"}, {"kind": "ternary", "density": 0.2}, {"kind": "ternary", "error": 0.6},
+])  # fmt: skip
+def test_error_and_size_are_as_stated(pair, tmp_path, options):
+    base, tuned = map(str, pair)
+    done = extract(base, tuned, tmp_path / "out", **options)
+    assert done["error"] == pytest.approx(off(base, tuned, restored(base, tmp_path / "out")), rel=1e-3)
+    if "error" in options:
+        assert (
+            all(row["error"] <= options["error"] * 1.001 for row in done["tensors"]) and done["error"] > 0.2 * options["error"]
+        )
+    if options["kind"] == "ternary":
+        assert done["times_smaller"] > 8
+    if options.get("rank"):
+        delta = Delta.load(tmp_path / "out")
+        assert all(c.rank <= 4 for c in delta.changes.values() if isinstance(c, LowRank))
+
+
+def test_full_rank_is_exact_and_peft_reads_it(pair, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base, tuned = pair
+    assert extract(str(base), str(tuned), tmp_path / "lora", rank=3)["as"] == "peft"
+    ours = restored(base, tmp_path / "lora")
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").merge_and_unload()
+    state = model.state_dict()
+    assert all(torch.allclose(state[k[3:]], v, atol=1e-5) for k, v in ours.items())
+    merge([str(tmp_path / "lora")], tmp_path / "model", certificate=False)
+    assert all(torch.allclose(weights(tmp_path / "model")[k[3:]], v, atol=1e-6) for k, v in ours.items())
+
+
+def test_refusals(pair, tmp_path):
+    base, tuned = map(str, pair)
+    for options, message in [
+        ({"kind": "lowrank", "rank": 3}, "did you mean 'low_rank'"), ({"kind": "low_rank"}, "one of rank and error"),
+        ({"kind": "sparse", "density": 0.1, "error": 0.1}, "one of density and error"), ({"rank": 0}, "at least 1"),
+        ({"error": 1.5}, "between 0 and 1"), ({"kind": "ternary", "error": 0.1}, "come no closer"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            extract(base, tuned, tmp_path / "no", **options)
+        assert not (tmp_path / "no").exists()
