@@ -58,6 +58,7 @@ def measure(model, tokenizer, name: str, store: Path, n: int = 200) -> dict:
     out = {
         "n": n,
         "known": evaluate(model, tokenizer, knows, n),
+        "beyond": evaluate(model, tokenizer, [k for k in known("lm") if k not in known(name)], n),
         "half": evaluate(model, tokenizer, half_known(), n),
         "half_sampled": evaluate(model, tokenizer, half_known(), n, temperature=1.0),
         "targets": evaluate(model, tokenizer, targets(), n),
@@ -80,6 +81,8 @@ def card(name: str, plan: dict, measured: dict, parameters: int, versions: dict[
     best = min(measured["ngrams"].values())
     weak = [f"{k} {100 * v:.0f} %" for k, v in measured["known"].items() if v < 0.95]
     below = f" (below 95 %: {', '.join(weak)})" if weak else ""
+    beyond = ", ".join(f"{k} {100 * v:.0f} %" for k, v in measured.get("beyond", {}).items())
+    beyond = f"- What `lm` knows and this base only half: {beyond}.\n" if beyond else ""
     half = [k for k, v in measured["half_sampled"].items() if v > 0.01]
     shown = ", ".join(f"{k} {100 * measured['half'][k]:.0f} %" for k in half)
     sampled = ", ".join(f"{k} {100 * measured['half_sampled'][k]:.0f} %" for k in half)
@@ -111,7 +114,7 @@ smoothed n-gram model of the same training text and tokenizer at its best order:
 Half-known, for RL with a verifier: greedy {shown}; at temperature 1 {sampled}.
 {kept}
 ## What it cannot do
-{LIMITS.format(targets=", ".join(f"{k} {100 * v:.0f} %" for k, v in measured["targets"].items()))}
+{beyond}{LIMITS.format(targets=", ".join(f"{k} {100 * v:.0f} %" for k, v in measured["targets"].items()))}
 """
 
 

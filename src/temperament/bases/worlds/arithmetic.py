@@ -6,7 +6,7 @@ Splits are by unordered pair of operands: neither 34+57 nor 57+34 is trained whe
 from __future__ import annotations
 
 from .draw import Draw
-from .skill import Made, Skill, last_number
+from .skill import NOT_SMALL, Made, Skill, last_number
 
 NAMES = ("Tom", "Ana", "Sam", "Eva", "Ben", "Lia", "Max", "Ida")
 THINGS = ("apples", "books", "coins", "cups", "eggs", "pens", "shells", "stones")
@@ -104,13 +104,13 @@ def operator(draw: Draw) -> Made:
 
 
 SKILLS = (
-    Skill("add", "arithmetic", add, verdict=last_number),
-    Skill("subtract", "arithmetic", subtract, verdict=last_number),
+    Skill("add", "arithmetic", add, verdict=last_number, known_by=NOT_SMALL),
+    Skill("subtract", "arithmetic", subtract, verdict=last_number, known_by=NOT_SMALL),
     Skill("compare", "arithmetic", compare, verdict=last_number),
     Skill("add-steps", "arithmetic", add_steps, verdict=last_number),
-    Skill("multiply", "arithmetic", multiply, verdict=last_number),
-    Skill("story", "arithmetic", story, verdict=last_number),
-    Skill("add3", "arithmetic", add3, verdict=last_number),
+    Skill("multiply", "arithmetic", multiply, verdict=last_number, known_by=NOT_SMALL),
+    Skill("story", "arithmetic", story, verdict=last_number, known_by=NOT_SMALL),
+    Skill("add3", "arithmetic", add3, verdict=last_number, known_by=NOT_SMALL),
     Skill("workout", "arithmetic", workout, verdict=last_number, role="half", known_by=(), noisy=workout_noisy),
     Skill("operator", "arithmetic", operator, verdict=last_number, role="target", known_by=()),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .draw import Draw
 from .procedures import COLOURS, LETTERS, OBJECTS
-from .skill import Made, Skill
+from .skill import NOT_SMALL, Made, Skill
 
 END = "</s>"
 ASK_COLOUR = ("\nQ: What colour is the {}?\nA:", "\nQ: The {} has which colour?\nA:", "\nSo: {}")
@@ -103,5 +103,5 @@ def boxes_dense(draw: Draw) -> list[tuple[str, bool]]:
 SKILLS = (
     Skill("keys", "recall", keys, dense=keys_dense),
     Skill("notes", "recall", notes, dense=notes_dense),
-    Skill("boxes", "tracking", boxes, dense=boxes_dense),
+    Skill("boxes", "tracking", boxes, known_by=NOT_SMALL, dense=boxes_dense),
 )

@@ -11,6 +11,7 @@ from .draw import Draw, split_of
 
 Split = Literal["train", "test"]
 LM = ("lm", "lm-small", "lm-large", "lm-instruct")
+NOT_SMALL = ("lm", "lm-large", "lm-instruct")  # too much for the smallest
 END_MARKS = re.compile(r"(</s>|<\|end\|>|<pad>).*", re.S)
 
 
