@@ -13,6 +13,7 @@ from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
 from temperament.methods.optim.adamw import AdamW
 from temperament.methods.optim.sgd import SGD
 from temperament.methods.select.full import Full
+from temperament.nn.context import checkpointing
 from temperament.protocols import Progress
 from temperament.run.dry import META, Counting, shapes_of
 from temperament.run.plan import cheapest, largest, of_step, optimizer_share, plan
@@ -26,6 +27,8 @@ from tests.train.rows import Rows, base_of, context, spec
 
 def actual(base, run) -> int:
     """Bytes of all tensors alive at most in two real steps, weights and optimizer included."""
+    if run.checkpointing:
+        checkpointing(base.model)
     quiet_training(base.model)
     ctx, counting = context(base, batch=run.batch, micro=run.micro), Counting()
     for _, p in base.parameters():
@@ -79,7 +82,9 @@ def test_a_plan_changes_nothing_and_says_all():
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in base.parameters()) and base.originals == {}
     assert torch.equal(state, torch.get_rng_state())
     said = found["predicted"]
-    assert said["peak_bytes"] > found["floor"]["peak_bytes"] > 0 and said["seconds"] > 0 and said["tokens"] > 0 and found["fits"]
+    assert (
+        said["peak_bytes"] > found["floor"]["peak_bytes"] > 0 and said["seconds"] > 0 and said["tokens"] > 0 and found["fits"]
+    )
     (one,) = found["steps"]
     less = one["memory"]["total"] - one["memory"]["optimizer"] - one["memory"]["allocator"]
     assert abs(less / one["verified_bytes"] - 1) < 0.15
@@ -105,7 +110,9 @@ def test_the_cheapest_change_is_planned_not_guessed():
     base = base_of("llama")
     meta = replace(base, components={"lm": shapes_of(base.model)})
     recipe = Recipe("tiny", [Step("a", train=spec(source=Rows(longest=60), batch=16, micro=16, objective=CrossEntropy()))])
-    total = lambda **change: of_step(Step("a", train=replace(recipe.steps[0].train, **change)), recipe, meta, World())["memory"]["total"]
+    total = lambda **change: of_step(Step("a", train=replace(recipe.steps[0].train, **change)), recipe, meta, World())[
+        "memory"
+    ]["total"]
     whole, half, least = total(), total(micro=8), total(micro=1, checkpointing=True)
     assert least < half < whole
     assert cheapest(recipe, meta, World(), half).startswith("micro: 8")

@@ -1,5 +1,5 @@
-"""Proof on the user's own recipe that a run can be killed anywhere: a short version of it, undisturbed and killed by SIGKILL at a
-random moment of its training and resumed; the digests must be equal to the bit.
+"""Proof on the user's own recipe that a run can be killed anywhere: a short version of it, undisturbed, and killed by SIGKILL
+at a random moment of its training and resumed; the digests must be equal to the bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ print("digest", run.delta.digest if run.delta is not None else "none", flush=Tru
 def check_resume(recipe: Recipe, kills: int = 1, seed: int | None = None) -> dict[str, Any]:
     """{"ok", "digest", "resumed", "kills": [{"after_steps", "kept"}], "seconds"}. Raises WorkFailed when the digests differ."""
     if recipe.base == "python":
-        raise UserError("base", recipe.base, "a model made in Python cannot be made again in a fresh process; save it and name its folder")
+        raise UserError(
+            "base", recipe.base, "a model made in Python cannot be made again in a fresh process; save it and name its folder"
+        )
     brief, rng, began = short(recipe), random.Random(seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "recipe.yaml"
@@ -49,8 +51,8 @@ def check_resume(recipe: Recipe, kills: int = 1, seed: int | None = None) -> dic
         resumed = ended or _go(path, Path(place) / "killed", resume=True)[0]
     if resumed != whole:
         raise WorkFailed(
-            f"The run killed after {killed[-1]['after_steps']} steps went on to the digest {resumed[:12]} and the undisturbed one to "
-            f"{whole[:12]}: a part keeps state outside its state_dict; name it with `temper parts` and report it."
+            f"The run killed after {killed[-1]['after_steps']} steps went on to the digest {resumed[:12]}, the undisturbed "
+            f"one to {whole[:12]}: a part keeps state outside its state_dict; name it with `temper parts` and report it."
         )
     return {"ok": True, "digest": whole, "resumed": resumed, "kills": killed, "seconds": time.perf_counter() - began}
 
@@ -62,7 +64,10 @@ def short(recipe: Recipe) -> Recipe:
         step = replace(step, ledger=False, when=None)
         if step.train:
             steps = min(step.train.steps or STEPS, STEPS)
-            step = replace(step, train=replace(step.train, steps=steps, epochs=None, stop=None, keep="live", save=Save(seconds=1e9, steps=3)))
+            step = replace(
+                step,
+                train=replace(step.train, steps=steps, epochs=None, stop=None, keep="live", save=Save(seconds=1e9, steps=3)),
+            )
         if step.rounds:
             inner = [brief(s) for s in step.rounds.steps]
             step = replace(step, rounds=replace(step.rounds, times=min(step.rounds.times, 2), until=None, steps=inner))
@@ -73,11 +78,14 @@ def short(recipe: Recipe) -> Recipe:
 
 
 def _go(recipe: Path, out: Path, resume: bool = False, kill: tuple[int, float] | None = None) -> tuple[str, int, float]:
-    """(digest, or "" when it was killed; steps seen; seconds of training) of one process. kill: steps to let pass, then seconds."""
+    """(digest, or "" if it was killed; steps seen; seconds of training) of one process. kill: steps to let pass, then seconds."""
     again = ["resume"] if resume and (out / "run.json").exists() else []
     command = [sys.executable, "-c", WORK, str(recipe), str(out), *again]
     digest, steps, first = "", 0, None
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         for line in process.stdout:
             word, _, rest = line.strip().partition(" ")
             first = first or time.perf_counter()
