@@ -79,9 +79,22 @@ class Shapes(Counting):
         args, kwargs = tree_map_only(
             Tensor, lambda t: t if t.device == META else torch.empty_like(t, device=META), (args, kwargs)
         )
+        if func.overloadpacket is getattr(aten, "_grouped_mm", None):  # its meta kernel knows bf16 only
+            return self.grouped(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
         out = func(*args, **kwargs)
         self.flops += _multiplications(func, args, out)
         return out
+
+    def grouped(self, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+        """The product of experts: rows or columns in groups, `ends` says where each group ends."""
+        if a.dim() == 3 and b.dim() == 3:
+            shape: tuple[int, ...] = (*a.shape[:2], b.shape[2])
+        elif a.dim() == 2 and b.dim() == 2:
+            shape = (ends.numel(), a.shape[0], b.shape[1])
+        else:
+            shape = (a.shape[-2], b.shape[-1])
+        self.flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        return a.new_empty(shape)
 
 
 def _is_meta(x: Any) -> bool:
