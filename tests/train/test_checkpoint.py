@@ -136,7 +136,9 @@ def test_any_changed_byte_is_noticed(tmp_path_factory, data):
 # ---- a disk that says no -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code, word", [(errno.ENOSPC, "No space left"), (errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only")])
+@pytest.mark.parametrize(
+    "code, word", [(errno.ENOSPC, "No space left"), (errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only")]
+)
 @pytest.mark.parametrize("call", ["save_file", "fsync", "replace"])
 def test_disk_says_no(tmp_path, monkeypatch, call, code, word):
     saved(tmp_path, 1)

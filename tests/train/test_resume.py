@@ -100,7 +100,9 @@ def test_best_and_stop_survive_a_resume(tmp_path):
 
         Live.views_step = lambda live: ctx.views.progress.step + 1
         try:
-            return run_train(spec, ctx, Folder(folder), "step", "best", look, lambda *a, **k: None, every=4).delta.digest, looked
+            return run_train(
+                spec, ctx, Folder(folder), "step", "best", look, lambda *a, **k: None, every=4
+            ).delta.digest, looked
         except KeyboardInterrupt:
             return None, looked
         finally:

@@ -1,6 +1,6 @@
 """What `test_two_processes.py` computes, on as many processes as it is launched with: gradients and a few steps of training.
 
-    python -m torch.distributed.run --nproc_per_node=2 -m tests.train.two OUT
+python -m torch.distributed.run --nproc_per_node=2 -m tests.train.two OUT
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ if __name__ == "__main__":
     from accelerate.state import PartialState
 
     state = PartialState()
-    save_file({k: v.clone().contiguous() for k, v in found.items()}, Path(sys.argv[1]) / f"{state.num_processes}.{state.process_index}.safetensors")
+    save_file(
+        {k: v.clone().contiguous() for k, v in found.items()},
+        Path(sys.argv[1]) / f"{state.num_processes}.{state.process_index}.safetensors",
+    )
     state.wait_for_everyone()
     if state.num_processes > 1:
         torch.distributed.destroy_process_group()

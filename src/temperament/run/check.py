@@ -33,6 +33,7 @@ from temperament.run import laws
 from temperament.run.laws import Law
 from temperament.run.layouts import few, token_fields
 from temperament.run.recipe import Recipe, Step, Train
+from temperament.run.resume import check_resume as check_resume
 from temperament.run.training import NOISE, build_players, quiet_training, steps_of
 from temperament.train.context import Context
 from temperament.train.loop import Player

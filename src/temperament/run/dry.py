@@ -1,9 +1,9 @@
 """A step without its numbers: the loop run on shapes, every allocation counted.
 
-The model is copied as meta tensors (shapes, no storage), the trainable is built on it, and the real loop runs the real objective on
-the real token ids; nothing but the tokens has values. A dispatch mode sees every tensor that is made and every one that is freed,
-so the peak is that of the code that will run, whatever the architecture, adapter or objective - not of a formula about Llamas. The
-same mode over a real step counts what that one allocated.
+The model is copied as meta tensors (shapes, no storage), the trainable is built on it, and the real loop runs the real objective
+on the real token ids; nothing but the tokens has values. A dispatch mode sees every tensor that is made and every one that is
+freed, so the peak is that of the code that will run, whatever the architecture, adapter or objective - not of a formula about
+Llamas. The same mode over a real step counts what that one allocated.
 
 Not seen: the scratch space inside one kernel, and what an allocator keeps for later.
 """
@@ -55,7 +55,7 @@ class Counting(TorchDispatchMode):
 
 
 class Shapes(Counting):
-    """Counts bytes and multiplications of a run on meta tensors. Where code asks for a number that does not exist, it is told 1."""
+    """Counts bytes and multiplications of a run on meta tensors. Code that asks for a number there is none of is told 1."""
 
     def __init__(self, answers: Callable[[torch.dtype], Any] = lambda dtype: dtype is torch.bool or 1) -> None:
         super().__init__()
@@ -76,10 +76,25 @@ class Shapes(Counting):
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=META)
         if func is aten.copy_.default and not _is_meta(args[0]):
             return args[0]
-        args, kwargs = tree_map_only(Tensor, lambda t: t if t.device == META else torch.empty_like(t, device=META), (args, kwargs))
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: t if t.device == META else torch.empty_like(t, device=META), (args, kwargs)
+        )
+        if func.overloadpacket is getattr(aten, "_grouped_mm", None):  # its meta kernel knows bf16 only
+            return self.grouped(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
         out = func(*args, **kwargs)
         self.flops += _multiplications(func, args, out)
         return out
+
+    def grouped(self, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+        """The product of experts: rows or columns in groups, `ends` says where each group ends."""
+        if a.dim() == 3 and b.dim() == 3:
+            shape: tuple[int, ...] = (*a.shape[:2], b.shape[2])
+        elif a.dim() == 2 and b.dim() == 2:
+            shape = (ends.numel(), a.shape[0], b.shape[1])
+        else:
+            shape = (a.shape[-2], b.shape[-1])
+        self.flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        return a.new_empty(shape)
 
 
 def _is_meta(x: Any) -> bool:
@@ -102,8 +117,8 @@ def _multiplications(func: Any, args: tuple, out: Any) -> int:
 
 @contextmanager
 def fused_attention(shapes: Shapes) -> Iterator[None]:
-    """Attention on meta tensors keeps what the fast kernels keep (q, k, v, the output and a number a row), never rows x rows. The
-    function is replaced, not intercepted: a recomputation inside a backward sees no function modes."""
+    """Attention on meta tensors keeps what the fast kernels keep (q, k, v, the output and a number a row), never rows x rows.
+    The function is replaced, not intercepted: a recomputation inside a backward sees no function modes."""
     real = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,8 +2,8 @@
 
     plan(recipe, base)            base: loaded, or `shapes(recipe)` - its configuration alone, no weights
 
-    memory    weights + what they were (to go back to) + gradients + optimizer + activations of the largest micro-batch, as the loop
-              itself allocates them on tensors without storage (dry.py); for a process on the CPU its libraries come on top, and
+    memory    weights + what they were (to go back to) + gradients + optimizer + activations of the largest micro-batch, as
+              the loop itself allocates them on tensors without storage (dry.py); for a process on the CPU its libraries come on top, and
               what its allocator keeps, seen in one dry step
     time      one dry step of the run's own rows, timed, times the steps; without weights, multiplications over measured speed
     disk      checkpoints kept + the change
@@ -70,10 +70,16 @@ def cannot_foresee(spec: Any) -> str:
 
 
 def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
-    """{"predicted": {peak_bytes, seconds, disk_bytes, tokens}, "floor", "memory", "steps", "fits", "available_bytes", "mend"}."""
+    """{"predicted": {peak_bytes, seconds, disk_bytes, tokens}, "floor", "memory", "steps", "fits", "available_bytes", ...}."""
     world, began = World(recipe.precision.compute, device=recipe.device), time.perf_counter()
     real = next(base.model.parameters()).device != META
-    meta = Base(base.id, {n: shapes_of(m) for n, m in base.components.items()}, base.processors, base.folder, dict(base.sha256) or {"": ""})
+    meta = Base(
+        base.id,
+        {n: shapes_of(m) for n, m in base.components.items()},
+        base.processors,
+        base.folder,
+        dict(base.sha256) or {"": ""},
+    )
     weights = bytes_of(p for _, p in base.parameters())
     process = resident() - weights * (real and not cuda(world)) if not cuda(world) else 0
     steps, unforeseen = [], []
@@ -111,7 +117,10 @@ def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
         "took": time.perf_counter() - began,
     }
     if not out["fits"]:
-        out["mend"] = cheapest(recipe, meta, world, available) or "no change of this recipe fits here: take a smaller base or a larger machine"
+        out["mend"] = (
+            cheapest(recipe, meta, world, available)
+            or "no change of this recipe fits here: take a smaller base or a larger machine"
+        )
     return out
 
 
@@ -138,7 +147,11 @@ def shapes(recipe: Recipe) -> Base:
 def of_step(step: Step, recipe: Recipe, meta: Base, world: World) -> dict[str, Any]:
     """Memory, multiplications, disk and tokens of a train step, from shapes."""
     spec = step.train
-    with untouched(meta), tempfile.TemporaryDirectory() as scratch, players_on(meta, spec, recipe, world, scratch) as (players, ctx, counting):
+    with (
+        untouched(meta),
+        tempfile.TemporaryDirectory() as scratch,
+        players_on(meta, spec, recipe, world, scratch) as (players, ctx, counting),
+    ):
         live = players[0].live
         rows, steps, tokens, assumed = largest(spec, ctx)
         params = [p for player in players for p in player.live.params.values()]
@@ -174,7 +187,11 @@ def of_step(step: Step, recipe: Recipe, meta: Base, world: World) -> dict[str, A
             "total": max(total, before + state + versions + cache),
             "floor": weights + adapters + trained + state,
         },
-        "rows": {"micro": min(spec.micro, len(rows)), "longest": max((t.ids.shape[1] for t in token_fields(rows)), default=0), "assumed": assumed},
+        "rows": {
+            "micro": min(spec.micro, len(rows)),
+            "longest": max((t.ids.shape[1] for t in token_fields(rows)), default=0),
+            "assumed": assumed,
+        },
         "flops": counting.flops * share,
         "steps": steps,
         "tokens": tokens,
@@ -183,11 +200,15 @@ def of_step(step: Step, recipe: Recipe, meta: Base, world: World) -> dict[str, A
 
 
 @contextlib.contextmanager
-def players_on(base: Base, spec: Train, recipe: Recipe, world: World, scratch: str) -> Iterator[tuple[list[Player], Context, Shapes]]:
+def players_on(
+    base: Base, spec: Train, recipe: Recipe, world: World, scratch: str
+) -> Iterator[tuple[list[Player], Context, Shapes]]:
     """The players of a step on a base of shapes, every byte counted."""
     from temperament.nn.context import checkpointing
 
-    ctx = Context(base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference)
+    ctx = Context(
+        base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
+    )
     counting, players = Shapes(), []
     for _, p in base.parameters():
         counting.see(p)
@@ -208,7 +229,7 @@ def players_on(base: Base, spec: Train, recipe: Recipe, world: World, scratch: s
 
 
 def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
-    """(rows like the largest micro-batch, twice if there are several; steps; tokens of the step in all; what had to be assumed)."""
+    """(rows like the largest micro-batch, twice if there are several; steps; tokens in all; what had to be assumed)."""
     assumed, batches, stream = "", [], None
     try:
         stream = spec.source.open(ctx)
@@ -233,7 +254,9 @@ def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
     tokens = sum(int(t.mask.sum()) for b in batches for t in token_fields(b))
     n = min(spec.micro, len(most))
     # The micro-batch with the most tokens that carry loss: their logits are the largest tensors there are.
-    first = max(range(0, len(most), n), key=lambda i: carrying(most.select(range(i, min(i + n, len(most))))) * (i + n <= len(most)))
+    first = max(
+        range(0, len(most), n), key=lambda i: carrying(most.select(range(i, min(i + n, len(most))))) * (i + n <= len(most))
+    )
     rows = most.select([*range(first, first + n)] * (2 if len(most) > n else 1))
     return rows, steps, round(tokens / len(batches) * steps), assumed
 
@@ -249,7 +272,11 @@ def _blank(n: int, length: int, trained: int, ctx: Context, kind: type = Tokens)
     ids = torch.ones(n, length, dtype=torch.long)
     weights = (torch.arange(length) >= max(length - trained, 1)).float().expand(n, -1).clone()
     tokens = Tokens(ids, weights, torch.zeros_like(ids), torch.zeros_like(ids))
-    return tokens if kind is Tokens else Rollout(tokens, torch.zeros(n, length), torch.arange(n) % 2 * 1.0, torch.zeros(n, dtype=torch.long))
+    return (
+        tokens
+        if kind is Tokens
+        else Rollout(tokens, torch.zeros(n, length), torch.arange(n) % 2 * 1.0, torch.zeros(n, dtype=torch.long))
+    )
 
 
 def optimizer_share(spec: Train, p: Any, known: dict = {}) -> float:  # noqa: B006 - a cache
@@ -288,12 +315,14 @@ def generation(spec: Train, base: Base, ctx: Context) -> int:
 
 
 def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str, Any]) -> dict[str, Any]:
-    """Seconds, from one dry step of the real model and rows; nothing is kept. verified_bytes: the most its tensors took, to hold
-    against the predicted total less the optimizer. memory.allocator: what the process grew beyond its tensors (on a CPU, malloc
+    """Seconds, from one dry step of the real model and rows; nothing is kept. verified_bytes: the most its tensors took, to
+    hold against the predicted total less the optimizer. memory.allocator: what the process grew beyond its tensors (on a CPU, malloc
     keeps freed blocks for later; up to as much again)."""
     spec = step.train
     with untouched(base), tempfile.TemporaryDirectory() as scratch:
-        ctx = Context(base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference)
+        ctx = Context(
+            base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
+        )
         for component in base.components.values():
             quiet_training(component)
         players = build_players(replace(spec, optimizer=NoStep()), ctx, prepare=False)
@@ -363,7 +392,9 @@ def available_bytes(world: World) -> int:
 def multiplications_a_second(world: World, compute: str) -> float:
     """Of square matrices in the dtype of the run: what this machine can do at best."""
     n = 4096 if cuda(world) else 512
-    a = torch.ones(n, n, dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[compute], device=world.device)
+    a = torch.ones(
+        n, n, dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[compute], device=world.device
+    )
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
@@ -391,10 +422,15 @@ def cheapest(recipe: Recipe, meta: Base, world: World, available: int) -> str:
     if any(type(t).part_name.startswith("select.") for s in _trains(recipe) for t in s.train.trainable):
         lora = [build("adapters.lora")]
         changes.append(("trainable: adapters.lora (another method: fewer weights to learn with)", {"trainable": lora}))
-        changes.append(("trainable: adapters.lora, micro: 1, checkpointing: true", {"trainable": lora, "micro": 1, "checkpointing": True}))
+        changes.append(
+            ("trainable: adapters.lora, micro: 1, checkpointing: true", {"trainable": lora, "micro": 1, "checkpointing": True})
+        )
     for words, change in changes:
         with contextlib.suppress(TemperError):
-            peaks = [of_step(replace(s, train=replace(s.train, **change)), recipe, meta, world)["memory"]["total"] for s in _trains(recipe)]
+            peaks = [
+                of_step(replace(s, train=replace(s.train, **change)), recipe, meta, world)["memory"]["total"]
+                for s in _trains(recipe)
+            ]
             if max(peaks) <= available:
                 return words
     return ""

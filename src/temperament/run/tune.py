@@ -27,6 +27,7 @@ from temperament.protocols import Outcome
 from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder, address, cache_dir, file_sha, made_of, read_outcomes, walk_all, write_outcomes
 from temperament.run.ledger import Ledger
+from temperament.run.memory import watch as peak_memory
 from temperament.run.outcome import SkillResult
 from temperament.run.recipe import unrolled, walk_steps
 from temperament.run.state import State, chain, place_on
@@ -577,15 +578,3 @@ def environment() -> dict[str, Any]:
     versions = {p: metadata.version(p) for p in ("torch", "transformers", "accelerate", "safetensors", "numpy")}
     return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None, **versions}  # fmt: skip
-
-
-def peak_memory() -> Callable[[], int]:
-    """Starts watching; the returned function says the most memory (bytes) the process has held since."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated
-    import resource
-
-    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
