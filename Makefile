@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/temper compare recipes/demo.yaml --methods select.full,select.half,adapters.lora --out runs/demo
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_lm all

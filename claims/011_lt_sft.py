@@ -30,7 +30,8 @@ def recipe(sparse: bool, steps: int = 300, items: int = 100) -> dict:
         made += [{"name": f"full-{task}", "start": "base", "ledger": False, "train": train(task, full, 3e-4, steps, items)}]
         if sparse:
             ticket = {"select.lottery_ticket": {"of": f"full-{task}", "share": 0.05}}
-            made += [{"name": f"sparse-{task}", "start": "base", "ledger": False, "train": train(task, ticket, 1e-3, steps, items)}]
+            again = train(task, ticket, 1e-3, steps, items)
+            made += [{"name": f"sparse-{task}", "start": "base", "ledger": False, "train": again}]
     of = [f"{'sparse' if sparse else 'full'}-{task}" for task in TASKS]
     made += [{"name": "both", "merge": {"method": {"merge.linear": {"normalise": False}}, "of": of}}]
     suites = [{"evaluate.lab": {"target": t, "retained": KNOWN[t]}} for t in TASKS]

@@ -1,9 +1,9 @@
 """[016] LoFiT: offsets on the heads that a first step found teach more than the same offsets on random heads.
 
-A new procedure, from the same base. Step one trains factors on all heads, with L1; step two, again from the base, trains offsets on
-the quarter of the heads that scored highest. The control skips step one and draws as many heads. Both have the same steps and
-rate in the second step. Compared: nats per token of the right answers of held-out items (graded: so few numbers teach only part
-of a procedure).
+A new procedure, from the same base. Step one trains factors on all heads, with L1; step two, again from the base, trains
+offsets on the quarter of the heads that scored highest. The control skips step one and draws as many heads. Both have the same
+steps and rate in the second step. Compared: nats per token of the right answers of held-out items (graded: so few numbers teach
+only part of a procedure).
 """
 
 from dataclasses import replace

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from temperament import parts
-    from temperament.api import (  # fmt: skip
+    from temperament.api import (
         check,
         claim,
         compare,
@@ -35,12 +35,32 @@ if TYPE_CHECKING:
     from temperament.run.recipe import Recipe
 
 _WHERE = {
-    **dict.fromkeys(("tune", "compare", "plan", "check", "evaluate", "generate", "merge", "dial", "diagnose", "export", "claim", "look"), "temperament.api"),
+    **dict.fromkeys(
+        ("tune", "compare", "plan", "check", "evaluate", "generate", "merge", "dial", "diagnose", "export", "claim", "look"),
+        "temperament.api",
+    ),
     "Recipe": "temperament.run.recipe",
     "load": "temperament.bases.load",
     "part": "temperament.parts",
 }
-__all__ = ["Recipe", "check", "claim", "compare", "diagnose", "dial", "evaluate", "export", "generate", "load", "look", "merge", "part", "parts", "plan", "tune"]
+__all__ = [
+    "Recipe",
+    "check",
+    "claim",
+    "compare",
+    "diagnose",
+    "dial",
+    "evaluate",
+    "export",
+    "generate",
+    "load",
+    "look",
+    "merge",
+    "part",
+    "parts",
+    "plan",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from temperament.run import recipe as schema
 from temperament.run.diagnose import diagnose
 from temperament.run.evaluate import evaluate
 from temperament.run.generate import generate
-from temperament.run.merge import merge
+from temperament.run.merging import merge
 from temperament.run.tune import Run
 from temperament.run.tune import tune as carry_out
 
@@ -54,7 +54,10 @@ def _drawn(folder: Path, tell: Tell) -> None:
     except TemperError:
         raise
     except Exception as problem:
-        tell("note", text=f"the report could not be drawn ({type(problem).__name__}: {str(problem)[:160]}); everything else is saved")
+        tell(
+            "note",
+            text=f"the report could not be drawn ({type(problem).__name__}: {str(problem)[:160]}); everything else is saved",
+        )
 
 
 def plan(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None) -> dict[str, Any]:
@@ -69,7 +72,9 @@ def plan(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None
     return plans.plan(spec, base or _load(spec))
 
 
-def check(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None, resume: bool = False) -> dict[str, Any]:
+def check(
+    recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Exactness on this model and data; with `resume` also that a killed run goes on to the same bits."""
     from temperament.run import check as checks
     from temperament.train.world import World
@@ -87,9 +92,19 @@ def _load(spec: schema.Recipe) -> Base:
     return load(spec.base, dtype=spec.precision.master, device=where(spec.device), trust_remote_code=spec.trust_remote_code)
 
 
-def dial(run: str | Path, *, budget: float | None = None, strengths: Sequence[float] = (), shape: Sequence[str] = (), items: int | None = None,
-         bake: str | Path | None = None, as_: str = "merged", device: str = "auto", tell: Tell = silent) -> dict[str, Any]:  # fmt: skip
-    """Sweep the strength of a finished run's change and answer a budget (percentage points); `bake` writes the best point as a model."""
+def dial(
+    run: str | Path,
+    *,
+    budget: float | None = None,
+    strengths: Sequence[float] = (),
+    shape: Sequence[str] = (),
+    items: int | None = None,
+    bake: str | Path | None = None,
+    as_: str = "merged",
+    device: str = "auto",
+    tell: Tell = silent,
+) -> dict[str, Any]:
+    """Sweep the strength of a finished run's change and answer a budget (percentage points); `bake` writes the best point."""
     from dataclasses import replace
 
     from temperament.run.dial import dial as sweep
@@ -103,7 +118,10 @@ def dial(run: str | Path, *, budget: float | None = None, strengths: Sequence[fl
     found = {"run": str(run), **sweep(again.skills(), again.delta, spec, tell)}
     if bake is not None:
         again.base.reset()
-        found |= {"baked": str(bake), "certificate": export_delta(again.base, scaled(again.delta, found["best"], again.base.places), Path(bake), as_)}
+        found |= {
+            "baked": str(bake),
+            "certificate": export_delta(again.base, scaled(again.delta, found["best"], again.base.places), Path(bake), as_),
+        }
     return found
 
 
@@ -116,14 +134,18 @@ def export(run: str | Path, to: str | Path, as_: str = "merged", *, at: str | fl
     if at == "best":
         point = (Folder(Path(run)).run().get("dial") or {}).get("best")
         if point is None:
-            raise UserError("--at", "best", "this run has no dial; add evaluation.dial to its recipe, or sweep it with `temper dial`")
+            raise UserError(
+                "--at", "best", "this run has no dial; add evaluation.dial to its recipe, or sweep it with `temper dial`"
+            )
     elif at is not None:
         point = {"shape": "merge.linear", "strength": float(at)}
     return {"run": str(run), "to": str(to), "as": as_, "at": point, "certificate": write(run, to, as_, point)}
 
 
-def look(data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, limit: int | None = None, **options: Any) -> dict[str, Any]:
-    """What a base will really see of a file: tokens, weights, roles, totals (`engine.describe`). options: of `engine.encode`."""
+def look(
+    data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, limit: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """What a base will really see of a file: tokens, weights, roles, totals. options: those of `engine.encode`."""
     from temperament.bases.load import load
     from temperament.engine.describe import describe
     from temperament.engine.rows import read_rows
@@ -131,12 +153,25 @@ def look(data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, lim
 
     tokenizer = needs_tokenizer(base if isinstance(base, Base) else load(base, field="--base"))
     rows = read_rows(data, on_bad="skip" if skip_bad else "stop", limit=limit)
-    return {"data": data, "shape": rows.shape, "columns": list(rows.columns), "notes": list(rows.notes), **describe(list(rows), tokenizer, n, rows.bad, **options)}
+    return {
+        "data": data,
+        "shape": rows.shape,
+        "columns": list(rows.columns),
+        "notes": list(rows.notes),
+        **describe(list(rows), tokenizer, n, rows.bad, **options),
+    }
 
 
-def compare(recipe: RecipeLike, methods: Sequence[Any], *, seeds: Sequence[int] = (0,), out: str | Path | None = None, overrides: Iterable[str] = (),
-            tell: Tell = silent) -> dict[str, Any]:  # fmt: skip
-    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost; finished runs are taken as they are."""
+def compare(
+    recipe: RecipeLike,
+    methods: Sequence[Any],
+    *,
+    seeds: Sequence[int] = (0,),
+    out: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    tell: Tell = silent,
+) -> dict[str, Any]:
+    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost. Finished runs are kept."""
     from temperament.methods.studies.compare import Compare, arms_of
     from temperament.run.artefacts import address
     from temperament.run.study import carry_out as study

@@ -100,7 +100,7 @@ class Schedule(Protocol):
 
 
 class Trainable(Protocol):
-    """What is updated. `build(base, ctx)` returns a `Trained` (train/live.py) on the base's modules; the runner attaches it.
+    """What is updated, or (a surgery in the stack) what is changed so that the rest can be. `build(base, ctx)` returns a `Trained` (train/live.py) on the base's modules; the runner attaches it.
 
     Optional: `prepare(base, ctx, batches) -> {name: tensor}`, a pass over the data that training will see, before anything is
     built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the part is
@@ -108,7 +108,7 @@ class Trainable(Protocol):
     parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a delta is loaded.
     """
 
-    rooms: ClassVar = ("select", "adapters")
+    rooms: ClassVar = ("select", "adapters", "surgery")
     must: ClassVar = ("build",)
 
     def build(self, base: Any, ctx: Any) -> Any: ...
@@ -143,7 +143,10 @@ class Objective(Protocol):
 
 class Regularizer(Protocol):
     """A term that keeps the model near what it knew. `per = "batch"`: counts/loss like an objective, on the same micro-batch.
-    `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1."""
+    `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1.
+
+    Optional: `prepare(whole, views)`, once for the whole batch before its first forward: the statistics without gradient of a term
+    that couples the batch. Modules of a trainable may bring such terms of their own (`Trained.terms`)."""
 
     rooms: ClassVar = ("regularizers",)
     must: ClassVar = ("loss", "per")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import temperament.bases.worlds as worlds
 from temperament.bases.corpus import Corpus, encoded, packed
-from temperament.bases.train_lm import LAB, PLANS, Rows, answer_nll, batch_of, evaluate, loss_of, new_model
+from temperament.bases.train_lm import LAB, PLANS, Rows, answer_nll, batch_of, evaluate, grow, loss_of, new_model
 from temperament.bases.worlds.chat import render
 
 BASES = [n for n in PLANS if (LAB / n / "measured.json").exists()]
@@ -113,3 +113,13 @@ def test_versions_load_and_are_weaker():
     for version in sorted(folder.iterdir()):
         model.load_state_dict(load_file(version / "model.safetensors"), strict=False)
         assert evaluate(model, tok, ["subtract"], 60)["subtract"] < 0.9, version.name
+
+
+def test_a_grown_model_computes_the_same_function():
+    small = new_model(PLANS["lm"]).eval()
+    for p in small.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    large = grow(small, PLANS["lm-large"]).eval()
+    ids = torch.randint(7, 1024, (2, 30))
+    assert torch.allclose(small(ids).logits, large(ids).logits, atol=1e-4)
+    assert large.num_parameters() > 3 * small.num_parameters()

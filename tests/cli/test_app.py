@@ -33,7 +33,13 @@ def raising(problem):
 
 @pytest.mark.parametrize(
     ("problem", "code"),
-    [(UserError("recipe.base", "x", "name one"), 2), (WorkFailed("The disk is full."), 1), (Interrupted("Stopped."), 130), (KeyboardInterrupt(), 130), (ZeroDivisionError("by 0"), 1)],
+    [
+        (UserError("recipe.base", "x", "name one"), 2),
+        (WorkFailed("The disk is full."), 1),
+        (Interrupted("Stopped."), 130),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError("by 0"), 1),
+    ],
 )
 def test_exit_codes(verb, capsys, problem, code):
     verb(raising(problem))
@@ -49,7 +55,9 @@ def test_the_unforeseen_says_how_to_report_it(verb, capsys, monkeypatch):
     verb(raising(ZeroDivisionError("by 0\nand more")))
     cli.main(["doctor"])
     err = capsys.readouterr().err
-    assert err.startswith("internal error: ZeroDivisionError: by 0 and more") and "--traceback" in err and "Traceback" not in err
+    assert (
+        err.startswith("internal error: ZeroDivisionError: by 0 and more") and "--traceback" in err and "Traceback" not in err
+    )
     cli.main(["doctor", "--traceback"])
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("TEMPERAMENT_TRACEBACK", "1")
@@ -85,7 +93,9 @@ def test_only_the_main_process_speaks(verb, capsys, monkeypatch):
 
 
 def test_a_closed_pipe_is_no_error():
-    done = subprocess.run(f"{sys.executable} -m temperament.cli parts | head -n 1", shell=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        f"{sys.executable} -m temperament.cli parts | head -n 1", shell=True, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stderr == ""
 
 

@@ -25,7 +25,10 @@ def python(code, **env):
 def test_importing_and_helping_load_no_torch():
     code = "import sys, {}; print([m for m in ('torch', 'transformers', 'numpy', 'rich', 'yaml') if m in sys.modules])"
     assert python(code.format("temperament, temperament.cli")).stdout.strip() == "[]"
-    code = "import sys; from temperament.cli import main; code = main(['--help']); heavy = [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]; print(code, heavy)"
+    code = (
+        "import sys; from temperament.cli import main; code = main(['--help']); "
+        "print(code, [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
     assert python(code).stdout.rstrip().endswith("0 []")
 
 
@@ -66,7 +69,15 @@ def test_help_names_every_option(verb, capsys):
 def test_every_file_of_the_cli_is_a_verb_or_known():
     from pathlib import Path
 
-    files = {p.stem for p in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "__main__", "app", "helps", "live", "say", "views"}
+    files = {p.stem for p in Path(cli.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "__main__",
+        "app",
+        "helps",
+        "live",
+        "say",
+        "views",
+    }
     assert files == set(VERBS)
 
 
@@ -105,8 +116,17 @@ def test_what_is_wrong_is_one_sentence(argv, wanted, capsys):
 
 
 def test_options_may_stand_anywhere():
-    options = (app.Opt("a", "x", "A"), app.Opt("b", "x", "B", many=True), app.Opt("--n", "x", "N", int, 1), app.Opt("--flag", "x"))
-    for line in (["1", "2", "3", "--n", "4", "--flag"], ["--flag", "1", "--n=4", "2", "3"], ["1", "--n", "4", "2", "--flag", "3"]):
+    options = (
+        app.Opt("a", "x", "A"),
+        app.Opt("b", "x", "B", many=True),
+        app.Opt("--n", "x", "N", int, 1),
+        app.Opt("--flag", "x"),
+    )
+    for line in (
+        ["1", "2", "3", "--n", "4", "--flag"],
+        ["--flag", "1", "--n=4", "2", "3"],
+        ["1", "--n", "4", "2", "--flag", "3"],
+    ):
         a = app.parse("tune", options, line)
         assert (a.a, a.b, a.n, a.flag) == ("1", ["2", "3"], 4, True)
     with pytest.raises(UserError):

@@ -15,4 +15,4 @@ with open(sys.argv[1]) as file:
     for config, out in json.load(file):
         with open(config) as text:
             parsed = MergeConfiguration.model_validate(yaml.safe_load(text))
-        run_merge(parsed, out, options=MergeOptions(copy_tokenizer=True, write_model_card=False))
+        run_merge(parsed, out, options=MergeOptions(copy_tokenizer=True, write_model_card=False, lora_merge_cache=out + "-cache"))

@@ -13,6 +13,7 @@ TABLE: dict[str, list[dict]] = {
     "optim.sgd": [{"lr": 0.2}, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.001}],
     "objectives.sft.cross_entropy": [{}, {"per": "example"}],
     "objectives.preference.dpo": [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"reference": "base"}],
+    "objectives.preference.ipo": [{}, {"beta": 0.5}, {"reference": "base"}],
     "objectives.policy.grpo": [{}, {"per": "sequence", "beta": 0.1}, {"per": "constant", "max_new": 9, "scale": False, "clip_high": 0.3}],
     "objectives.sft.dft": [{}, {"per": "example"}],
     "objectives.sft.asft": [{}, {"direction": "reverse", "reference": "base", "per": "example"}],

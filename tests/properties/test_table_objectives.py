@@ -133,6 +133,19 @@ def test_dpo_at_its_reference_is_log_two():
     assert got.loss == pytest.approx(math.log(2), rel=1e-5) and got.terms["margin"] == pytest.approx(0, abs=1e-5)
 
 
+def test_ipo_by_its_formula(it):
+    batch, beta = pairs(4), 0.3
+    ours, got = gradients(it, parts.build({"objectives.preference.ipo": {"beta": beta, "reference": "base"}}), batch, 2)
+    n_w, n_l = (side.weights.sum(1) for side in (batch.chosen, batch.rejected))
+    with torch.no_grad(), it.at("base"):
+        ref_w, ref_l = logps(it.model, batch)
+    pi_w, pi_l = logps(it.model, batch)
+    want = (((pi_w - ref_w) / n_w - (pi_l - ref_l) / n_l - 1 / (2 * beta)) ** 2).mean()
+    assert got.loss == pytest.approx(float(want.detach()), rel=1e-4)
+    theirs = torch.autograd.grad(want, [p.tensor for p in it.params.values()])
+    assert close(dict(zip(it.params, theirs, strict=True)), ours, 1e-4)
+
+
 # ---- policies -----------------------------------------------------------------------------------------------------------------
 
 

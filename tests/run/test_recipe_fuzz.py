@@ -1,4 +1,4 @@
-"""Whatever stands in a recipe: a recipe that reads back to itself, or one sentence that names field, value and mend; never anything else."""
+"""Whatever a recipe holds: it reads back to itself, or is refused in one sentence; never anything else."""
 
 import copy
 import os
@@ -17,10 +17,29 @@ VALID = {kind: yaml.safe_load(write(kind, base="lab/lm", data="new.jsonl")) for 
 VALID["rich"] = {
     "base": "lab/lm",
     "steps": [
-        {"name": "a", "train": {"source": {"data.file": {"path": "a.jsonl"}}, "steps": 3, "stop": {"reach": 0.5}, "regularizers": ["regularizers.kl"]}},
+        {
+            "name": "a",
+            "train": {
+                "source": {"data.file": {"path": "a.jsonl"}},
+                "steps": 3,
+                "stop": {"reach": 0.5},
+                "regularizers": ["regularizers.kl"],
+            },
+        },
         {"name": "m", "merge": {"method": {"merge.linear": {"weights": [0.5]}}, "of": ["a"]}},
-        {"rounds": {"times": 2, "steps": [{"train": {"source": {"data.file": {"path": "b"}}, "epochs": 0.5}}], "until": {"above": 0.9}}},
-        {"foreach": {"values": {"p": ["x", "y"]}, "steps": [{"train": {"source": {"data.file": {"path": "{p}"}}, "steps": 1}}]}},
+        {
+            "rounds": {
+                "times": 2,
+                "steps": [{"train": {"source": {"data.file": {"path": "b"}}, "epochs": 0.5}}],
+                "until": {"above": 0.9},
+            }
+        },
+        {
+            "foreach": {
+                "values": {"p": ["x", "y"]},
+                "steps": [{"train": {"source": {"data.file": {"path": "{p}"}}, "steps": 1}}],
+            }
+        },
         {"when": {"skill": "add", "below": 0.5}, "measure": True},
     ],
     "inference": [{"decode.repetition_penalty": {"penalty": 1.1}}],
@@ -28,12 +47,63 @@ VALID["rich"] = {
 }
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=12), st.binary(max_size=4), st.dates(),
-    st.sampled_from(["", "previous", "base", "lab/lm", "select.full", "adapters.lora", "merge.linear", "schedules.cosine", "data.file", "../..", "a/b", "\x00", "1e400", "{p}", "{}"]),
-)  # fmt: skip
-KEYS = st.one_of(st.text(max_size=8), st.sampled_from(["base", "steps", "train", "name", "source", "schedules.cosine", "adapters.lora", "select.full", "data.file", "peak", "lr", "rank"]), st.integers(), st.none())
-ANYTHING = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=12)
-QUIET = settings(max_examples=int(os.environ.get("FUZZ", "80")), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 3),
+    st.floats(),
+    st.text(max_size=12),
+    st.binary(max_size=4),
+    st.dates(),
+    st.sampled_from(
+        [
+            "",
+            "previous",
+            "base",
+            "lab/lm",
+            "select.full",
+            "adapters.lora",
+            "merge.linear",
+            "schedules.cosine",
+            "data.file",
+            "../..",
+            "a/b",
+            "\x00",
+            "1e400",
+            "{p}",
+            "{}",
+        ]
+    ),
+)
+KEYS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        [
+            "base",
+            "steps",
+            "train",
+            "name",
+            "source",
+            "schedules.cosine",
+            "adapters.lora",
+            "select.full",
+            "data.file",
+            "peak",
+            "lr",
+            "rank",
+        ]
+    ),
+    st.integers(),
+    st.none(),
+)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=12
+)
+QUIET = settings(
+    max_examples=int(os.environ.get("FUZZ", "80")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def reads(document, overrides=()):
@@ -134,8 +204,37 @@ def test_any_option_of_any_part_with_any_value(name, data):
 
 
 @QUIET
-@given(path=st.lists(st.one_of(st.sampled_from(["steps", "0", "1", "9", "-1", "train", "sft", "lr", "optimizer", "optim", "adamw", "", "base", "evaluation", "dial"]), st.text(max_size=5)), max_size=6),
-       text=st.one_of(st.text(max_size=20), st.sampled_from(["1", "[1, 2]", "{a: 1}", "*x", "&x 1", "!!python/object:os.system", "", "1e-4", "null"])))  # fmt: skip
+@given(
+    path=st.lists(
+        st.one_of(
+            st.sampled_from(
+                [
+                    "steps",
+                    "0",
+                    "1",
+                    "9",
+                    "-1",
+                    "train",
+                    "sft",
+                    "lr",
+                    "optimizer",
+                    "optim",
+                    "adamw",
+                    "",
+                    "base",
+                    "evaluation",
+                    "dial",
+                ]
+            ),
+            st.text(max_size=5),
+        ),
+        max_size=6,
+    ),
+    text=st.one_of(
+        st.text(max_size=20),
+        st.sampled_from(["1", "[1, 2]", "{a: 1}", "*x", "&x 1", "!!python/object:os.system", "", "1e-4", "null"]),
+    ),
+)
 def test_any_override(path, text):
     reads(VALID["sft"], [".".join(path) + "=" + text])
 
@@ -152,11 +251,28 @@ def test_any_file(text, tmp_path_factory):
 
 
 def test_a_bomb_a_tag_and_a_giant(tmp_path):
-    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
-    for name, text in {"bomb": bomb, "tag": "base: !!python/object/apply:os.system ['true']\n", "deep": "[" * 5000, "merge": "a: {b: 1}\n<<: {base: x}\n",
-                       "twice": "base: a\nbase: b\n", "list": "- a\n", "empty": "", "null": "null\n", "big": "base: " + "x" * (2 << 20), "date": "base: 2001-01-01\n",
-                       "infinite": "base: lab/lm\nseed: .inf\n", "octal": "base: 0777\n", "two": "base: a\n---\nbase: b\n", "set": "base: !!set {a}\n",
-                       "listkey": "? [a, b]\n: c\n", "mapkey": "{{a: b}: c}\n", "binary": "base: !!binary aGk=\n"}.items():  # fmt: skip
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    for name, text in {
+        "bomb": bomb,
+        "tag": "base: !!python/object/apply:os.system ['true']\n",
+        "deep": "[" * 5000,
+        "merge": "a: {b: 1}\n<<: {base: x}\n",
+        "twice": "base: a\nbase: b\n",
+        "list": "- a\n",
+        "empty": "",
+        "null": "null\n",
+        "big": "base: " + "x" * (2 << 20),
+        "date": "base: 2001-01-01\n",
+        "infinite": "base: lab/lm\nseed: .inf\n",
+        "octal": "base: 0777\n",
+        "two": "base: a\n---\nbase: b\n",
+        "set": "base: !!set {a}\n",
+        "listkey": "? [a, b]\n: c\n",
+        "mapkey": "{{a: b}: c}\n",
+        "binary": "base: !!binary aGk=\n",
+    }.items():
         file = tmp_path / f"{name}.yaml"
         file.write_text(text)
         try:

@@ -8,6 +8,7 @@ forty, are not learned else. Prompts weigh `prompt_weight`: random digits cannot
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from .worlds import skills
 from .worlds.draw import Draw, split_of
@@ -42,7 +43,7 @@ def _context_key(name: str, context: str) -> tuple:
 class Corpus:
     """An endless, seeded stream of documents of a mixture {skill: weight}; finite skills are gone through again and again."""
 
-    def __init__(self, mixture: dict[str, float], seed: int, dense: float = 0.5):
+    def __init__(self, mixture: dict[str, float], seed: int, dense: float = 0.5, store: Path | None = None):
         self.draw, self.dense = Draw("corpus", seed), dense
         self.names = list(mixture)
         total, edge = sum(mixture.values()), 0.0
@@ -54,7 +55,7 @@ class Corpus:
         for name in self.names:
             skill = skills()[name]
             if name == "text":
-                self.finite[name] = [[(text, True)] for text in training_text()]
+                self.finite[name] = [[(text, True)] for text in training_text(store)]
             elif skill.finite is not None:
                 self.finite[name] = [[(m.prompt, False), (m.answer, True)] for m in skill.finite("train")]
         self.order: dict[str, list[int]] = {}

@@ -26,13 +26,13 @@ LAB = Path(__file__).parent / "lab"
 log = logging.getLogger("temperament.train_lm")
 
 MIXTURE = {
-    "add": 5, "subtract": 5, "compare": 2, "add-steps": 6, "multiply": 5, "story": 7, "add3": 2, "workout": 3,
-    "copy": 6, "reverse": 5, "sort": 5, "rotate": 4, "upper": 2, "count": 5, "stack": 6, "sort-long": 0.5,
-    "keys": 12, "notes": 10, "boxes": 13, "people": 9, "places": 5, "text": 5,
+    "add": 5, "subtract": 10, "compare": 2, "add-steps": 4, "multiply": 4, "story": 5, "add3": 2, "workout": 3,
+    "copy": 6, "reverse": 6, "sort": 7, "rotate": 4, "upper": 2, "count": 5, "stack": 5, "sort-long": 0.5,
+    "keys": 12, "notes": 12, "boxes": 14, "people": 13, "places": 6, "text": 14,
 }  # fmt: skip
 FORMATS = {
-    "chat": 4, "json": 5, "list": 4, "capitals": 5, "sentence": 3, "yes-no": 3, "judge": 5, "tool": 3, "chat-steps": 3,
-    "refuse": 4, "harmless": 4,
+    "chat": 4, "json": 6, "list": 4, "capitals": 5, "fact-capitals": 4, "sentence": 4, "yes-no": 3, "judge": 11, "tool": 3,
+    "chat-steps": 3, "refuse": 4, "harmless": 4,
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Plan:
     kv_heads: int
     inner: int
     steps: int
-    rows: int = 40
+    rows: int = 24
     length: int = 160
     rate: float = 0.02  # Muon
     adam_rate: float = 3e-3
@@ -62,22 +62,15 @@ class Plan:
 
 
 PLANS = {
-    "lm": Plan(192, 4, 6, 2, 512, steps=5600, keep={k: f"step{k}" for k in (250, 500, 750, 1000, 1500, 2000, 2500, 3000)}),
+    "lm": Plan(192, 4, 6, 2, 512, steps=7400, keep={500: "early", 1000: "half"}),
     "lm-small": Plan(128, 3, 4, 2, 320, steps=4000),
-    "lm-large": Plan(320, 5, 10, 5, 832, steps=3500, mixture={**MIXTURE, "strangers": 9}),
+    # grown from lm: the same function at the start, twice the layers and twice the inner width; knows more people
+    "lm-large": Plan(192, 8, 6, 2, 1024, steps=900, rate=0.012, start="lm", mixture={**MIXTURE, "people": 20, "strangers": 40}),
     "lm-instruct": Plan(
-        192,
-        4,
-        6,
-        2,
-        512,
-        steps=1500,
-        rate=0.01,
-        adam_rate=1e-3,
-        start="lm",
-        mixture={**MIXTURE, **{k: 2.2 * v for k, v in FORMATS.items()}},
+        192, 4, 6, 2, 512, steps=2200, rate=0.008, adam_rate=1e-3, start="lm",
+        mixture={**MIXTURE, **{k: 2.5 * v for k, v in FORMATS.items()}},
     ),
-}
+}  # fmt: skip
 
 
 def new_model(plan: Plan, vocabulary: int = 1024):
@@ -95,6 +88,28 @@ def new_model(plan: Plan, vocabulary: int = 1024):
     model.generation_config.pad_token_id = 2
     model.generation_config.bos_token_id = 0
     return model
+
+
+@torch.no_grad()
+def grow(model, plan: Plan):
+    """A larger model that computes the same function: new layers after old ones add nothing yet (their last maps are zero), new
+    units of an MLP are read by nothing yet (their columns of `down` are zero)."""
+    large = new_model(plan, model.config.vocab_size)
+    old, new = model.model, large.model
+    new.embed_tokens.weight.copy_(old.embed_tokens.weight)
+    new.norm.weight.copy_(old.norm.weight)
+    times = plan.layers // len(old.layers)
+    for i, layer in enumerate(new.layers):
+        if i % times:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            continue
+        for name, weight in old.layers[i // times].named_parameters():
+            target = layer.get_parameter(name)
+            if "down_proj" in name:
+                target.zero_()
+            target[tuple(slice(n) for n in weight.shape)].copy_(weight)
+    return large
 
 
 def save(model, folder: Path) -> None:
@@ -150,7 +165,8 @@ def batch_of(rows, length: int):
 class Rows:
     """The endless rows of a plan, made in chunks; the address of a chunk is its number, so a resumed training reads on."""
 
-    def __init__(self, plan: Plan, tokenizer, chunk_steps: int = 25):
+    def __init__(self, plan: Plan, tokenizer, chunk_steps: int = 25, store: Path | None = None):
+        self.store = store
         self.plan, self.tokenizer, self.chunk_steps = plan, tokenizer, chunk_steps
         self.chunk, self.ready = -1, []
 
@@ -159,7 +175,7 @@ class Rows:
         if chunk != self.chunk:
             plan, share = self.plan, number / self.plan.steps
             dense = plan.dense[0] + (plan.dense[1] - plan.dense[0]) * share
-            corpus = Corpus(plan.mixture, seed=plan.seed * 1_000_003 + chunk, dense=dense)
+            corpus = Corpus(plan.mixture, plan.seed * 1_000_003 + chunk, dense, self.store)
             need = self.chunk_steps * plan.rows
             rows: list = []
 
@@ -258,6 +274,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(LAB / "tokenizer")
     if plan.start:
         model = LlamaForCausalLM.from_pretrained(LAB / plan.start, dtype=torch.float32)
+        if model.config.num_hidden_layers != plan.layers:
+            model = grow(model, plan)
     else:
         model = new_model(plan, len(tokenizer))
     opts, begin, spent = optimizers(model, plan), 0, 0.0
@@ -268,7 +286,7 @@ def train(
         for opt, kept in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(kept)
         begin, spent = state["step"], state["seconds"]
-    rows, names = Rows(plan, tokenizer), [n for n in plan.mixture if plan.mixture[n] > 0]
+    rows, names = Rows(plan, tokenizer, store=work.parent / "text.json"), [n for n in plan.mixture if plan.mixture[n] > 0]
     model.train()
     clock, seen = time.time() - spent, 0
     averaged = 0.0

@@ -7,8 +7,8 @@ A verb is a module here with
     run(a, say)     does it by calling the floors below; returns plain JSON data
     show(data, say, a)      the same data for a person, on stdout
 
-With --json the data is the one JSON object on stdout; progress goes to stderr in either case. Exit codes: 0 done, 1 the work failed, 2 the
-request was wrong, 130 interrupted. Nothing here imports torch; a verb does when it runs.
+With --json the data is the one JSON object on stdout; progress goes to stderr in either case. Exit codes: 0 done, 1 the
+work failed, 2 the request was wrong, 130 interrupted. Nothing here imports torch; a verb does when it runs.
 """
 
 from __future__ import annotations

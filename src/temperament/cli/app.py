@@ -19,13 +19,39 @@ from temperament.cli.say import Say
 from temperament.errors import Interrupted, TemperError, UserError, nearest
 
 MEMORY = {  # names people know from other tools -> ours
-    "learning-rate": "lr", "num-train-epochs": "epochs", "num-epochs": "epochs", "max-steps": "steps", "output-dir": "out", "output": "out",
-    "model-name-or-path": "base", "model-name": "base", "model": "base", "base-model": "base", "dataset-name": "data", "dataset": "data",
-    "datasets": "data", "train-file": "data", "per-device-train-batch-size": "batch", "batch-size": "batch", "max-new-tokens": "max-new",
-    "max-tokens": "max-new", "max-seq-length": "max-length", "cutoff-len": "max-length", "sequence-len": "max-length", "tasks": "suite",
-    "num-return-sequences": "n", "finetuning-type": "method", "adapter": "method", "lora-r": "rank", "lora-rank": "rank", "force": "fresh",
-    "overwrite-output-dir": "fresh", "resume-from-checkpoint": "resume", "run-name": "out", "format": "as",
-}  # fmt: skip
+    "learning-rate": "lr",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "max-steps": "steps",
+    "output-dir": "out",
+    "output": "out",
+    "model-name-or-path": "base",
+    "model-name": "base",
+    "model": "base",
+    "base-model": "base",
+    "dataset-name": "data",
+    "dataset": "data",
+    "datasets": "data",
+    "train-file": "data",
+    "per-device-train-batch-size": "batch",
+    "batch-size": "batch",
+    "max-new-tokens": "max-new",
+    "max-tokens": "max-new",
+    "max-seq-length": "max-length",
+    "cutoff-len": "max-length",
+    "sequence-len": "max-length",
+    "tasks": "suite",
+    "num-return-sequences": "n",
+    "finetuning-type": "method",
+    "adapter": "method",
+    "lora-r": "rank",
+    "lora-rank": "rank",
+    "force": "fresh",
+    "overwrite-output-dir": "fresh",
+    "resume-from-checkpoint": "resume",
+    "run-name": "out",
+    "format": "as",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,9 @@ class Opt:
             parser.add_argument(self.name, dest=self.dest, action="store_true")
         else:
             action = "append" if self.many else "store"
-            parser.add_argument(self.name, dest=self.dest, action=action, type=self.type, default=self.default, metavar=self.metavar)
+            parser.add_argument(
+                self.name, dest=self.dest, action=action, type=self.type, default=self.default, metavar=self.metavar
+            )
 
 
 COMMON = (
@@ -184,7 +212,12 @@ def carry_out(argv: list[str]) -> int:
         return _ended(problem, say, loud)
     except Exception as problem:
         sentence = f"internal error: {type(problem).__name__}: {' '.join(str(problem).split())[:300] or 'no message'}"
-        return _ended(TemperError(f"{sentence}; run again with --traceback (or TEMPERAMENT_TRACEBACK=1) and report it."), say, loud, problem)
+        return _ended(
+            TemperError(f"{sentence}; run again with --traceback (or TEMPERAMENT_TRACEBACK=1) and report it."),
+            say,
+            loud,
+            problem,
+        )
 
 
 def _verb(verb: str, rest: list[str], say: Say) -> int:
@@ -208,8 +241,13 @@ def _calm() -> None:
     """Other libraries' progress bars and advice stay off our terminal; set these variables yourself to have them back."""
     import warnings
 
-    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "false"),
-                        ("TQDM_DISABLE", "1"), ("HF_HUB_DISABLE_TELEMETRY", "1")):  # fmt: skip
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TQDM_DISABLE", "1"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ):
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -3,8 +3,8 @@
     temper chat lab/lm-chat
     temper chat runs/first --system "Answer in one word."
 
-/exit (or Ctrl-D) ends, /new begins again, /undo takes the last exchange back. In a pipe each line is a message. The model needs a chat
-template; `temper generate` lets any model go on with a text.
+/exit (or Ctrl-D) ends, /new begins again, /undo takes the last exchange back. In a pipe each line is a message. The model
+needs a chat template; `temper generate` lets any model go on with a text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def run(a: Any, say: Say) -> dict[str, Any]:
         if not said:
             continue
         messages = [*messages, {"role": "user", "content": said}]
-        answer = api.generate(model, messages, temperature=a.temperature, max_new=a.max_new, top_p=a.top_p, seed=a.seed + len(messages))[0]["outputs"][0]["text"].strip()
+        answer = api.generate(
+            model, messages, temperature=a.temperature, max_new=a.max_new, top_p=a.top_p, seed=a.seed + len(messages)
+        )[0]["outputs"][0]["text"].strip()
         messages = [*messages, {"role": "assistant", "content": answer}]
         if not a.json:
             from temperament.report.show import clean

@@ -3,9 +3,10 @@
     temper check recipe.yaml
     temper check recipe.yaml --resume
 
-A few real rows go through the real loop in all the ways that must not matter: split over micro-batches, padded, packed, streamed; tokens
-that carry loss, the end of a turn among them, no doubled start. --resume kills a short run of your recipe and goes on with it: the
-result must be the same to the bit. Deviations are shown; a law that does not hold ends with exit code 1 or 2.
+A few real rows go through the real loop in all the ways that must not matter: split over micro-batches, padded, packed,
+streamed; tokens that carry loss, the end of a turn among them, no doubled start. --resume kills a short run of your
+recipe and goes on with it: the result must be the same to the bit. Deviations are shown; a law that does not hold ends
+with exit code 1 or 2.
 """
 
 from __future__ import annotations
@@ -35,8 +36,20 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
 
     for step in data.get("steps", ()):
         say.out.print(f"[bold]{step['name']}[/bold]")
-        say.table(["", "law", "deviation", "allowed", ""], [[mark(law["ok"]), law["name"], small(law["deviation"]), small(law["tolerance"]), Text(law.get("detail") or "", "dim")]
-                                                           for law in step["laws"]], right=(2, 3))  # fmt: skip
+        say.table(
+            ["", "law", "deviation", "allowed", ""],
+            [
+                [
+                    mark(law["ok"]),
+                    law["name"],
+                    small(law["deviation"]),
+                    small(law["tolerance"]),
+                    Text(law.get("detail") or "", "dim"),
+                ]
+                for law in step["laws"]
+            ],
+            right=(2, 3),
+        )
         for why in step.get("exempt", ()):
             say.out.print(Text(f"not promised: {why}", "dim"))
         say.out.print()

@@ -4,8 +4,8 @@
     temper claim 012
     temper claim 012 --json
 
-A claim is a small experiment that shows a paper's main result against its baseline, over several seeds, on a lab base. The list shows
-what came of each: holds, partly, fails, or not run.
+A claim is a small experiment that shows a paper's main result against its baseline, over several seeds, on a lab base.
+The list shows what came of each: holds, partly, fails, or not run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,14 @@ def show(data: Any, say: Say, a: Any) -> None:
     if isinstance(data, dict):
         flat(data, say)
         return
-    signs = {"holds": ("✓ holds", "green"), "partly": ("~ partly", "yellow"), "fails": ("✗ fails", "red"), "not-run": ("  not run", "dim")}
-    say.table(["paper", "", "title"], [[c["paper"], Text(*signs.get(c["status"], (c["status"], ""))), c["title"]] for c in data])
+    signs = {
+        "holds": ("✓ holds", "green"),
+        "partly": ("~ partly", "yellow"),
+        "fails": ("✗ fails", "red"),
+        "not-run": ("  not run", "dim"),
+    }
+    say.table(
+        ["paper", "", "title"], [[c["paper"], Text(*signs.get(c["status"], (c["status"], ""))), c["title"]] for c in data]
+    )
     if not data:
         say.out.print("No claims are installed.")

@@ -3,8 +3,9 @@
     temper compare recipe.yaml --methods select.full,select.half,adapters.lora
     temper compare recipe.yaml --methods select.full,adapters.lora --seeds 0,1,2 --out runs/compare
 
-Every method runs the recipe with its own learning rate and stops at the same level of the target: give the recipe's train step a `stop`,
-e.g. stop: {skill: target, reach: 0.9}, or --reach. Finished runs are not run again, so methods and seeds can be added later.
+Every method runs the recipe with its own learning rate and stops at the same level of the target: give the recipe's train
+step a `stop`, e.g. stop: {skill: target, reach: 0.9}, or --reach. Finished runs are not run again, so methods and seeds
+can be added later.
 """
 
 from __future__ import annotations
@@ -59,18 +60,33 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
         mark = "●" if arm["front"] else " "
         reached = "" if arm["reached"] else "did not reach the level"
         loss = signed(-arm["loss"]) if arm["loss"] is not None else "–"
-        rows.append([Text(f"{mark} {arm['name']}", "bold" if arm["front"] else ""), percent(arm["target"]), bars(arm), signed(arm["gain"]), loss,
-                     f"{arm['steps']:.0f}", duration(arm["seconds"]), Text(reached, "yellow")])  # fmt: skip
+        rows.append(
+            [
+                Text(f"{mark} {arm['name']}", "bold" if arm["front"] else ""),
+                percent(arm["target"]),
+                bars(arm),
+                signed(arm["gain"]),
+                loss,
+                f"{arm['steps']:.0f}",
+                duration(arm["seconds"]),
+                Text(reached, "yellow"),
+            ]
+        )
     say.table(["method", "target", "lost ◀  ▶ gained", "gain", "retained", "steps", "time", ""], rows, right=(1, 3, 4, 5, 6))
     seeds = len(data["finding"]["seeds"])
-    say.out.print(f"[dim]● nothing else gains as much and loses less. Changes in percentage points, mean of {seeds} seed{'s' if seeds > 1 else ''}.[/dim]\n")
+    say.out.print(
+        "[dim]● nothing else gains as much and loses less. Changes in percentage points, "
+        f"mean of {seeds} seed{'s' if seeds > 1 else ''}.[/dim]\n"
+    )
     if dial := data.get("dial"):
         best = dial["best"]
         shape = "" if best["shape"] == "merge.linear" else f" shaped by {best['shape']}"
         say.out.print(
-            f"The dial of {data['chosen']}: to lose at most {dial['budget']:g} points, use strength {best['strength']:g}{shape}: "
-            f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points.\n", highlight=False,
-        )  # fmt: skip
+            f"The dial of {data['chosen']}: to lose at most {dial['budget']:g} points, "
+            f"use strength {best['strength']:g}{shape}: "
+            f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points.\n",
+            highlight=False,
+        )
     place("runs", data["out"], say)
     place("report", f"{data['out']}/report.html", say)
 

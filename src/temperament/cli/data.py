@@ -3,8 +3,9 @@
     temper data new.jsonl --base lab/lm
     temper data chats.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --mask last --n 1
 
-Rows are rendered with the model's own chat template and tokenised as in training; trained tokens stand out, the token that ends an
-answer among them. A row that cannot be used is named with its line and the reason, and stops the reading unless --skip-bad.
+Rows are rendered with the model's own chat template and tokenised as in training; trained tokens stand out, the token
+that ends an answer among them. A row that cannot be used is named with its line and the reason, and stops the reading
+unless --skip-bad.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     temper diagnose lab/lm runs/first
     temper diagnose Qwen/Qwen2.5-0.5B models/mine --with diagnose.intruder_dimensions --json
 
-TUNED is a run, an adapter, a delta or a model folder, compared with BASE matrix by matrix. The diagnoses are parts of the room
-diagnose; several may be given.
+TUNED is a run, an adapter, a delta or a model folder, compared with BASE matrix by matrix. The diagnoses are parts of the
+room diagnose; several may be given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from temperament.cli.say import Say
 OPTIONS = (
     Opt("base", "what it was tuned from", "BASE"),
     Opt("tuned", "a run, an adapter, a delta or a model folder", "TUNED"),
-    Opt("--with", "a part of the room diagnose, with options if need be", "PART", many=True, shown="diagnose.intruder_dimensions"),
+    Opt(
+        "--with",
+        "a part of the room diagnose, with options if need be",
+        "PART",
+        many=True,
+        shown="diagnose.intruder_dimensions",
+    ),
 )
 
 

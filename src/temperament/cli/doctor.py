@@ -3,8 +3,8 @@
     temper doctor
     temper doctor --json
 
-Versions, devices, memory, disk, folders and settings; for each problem what mends it. Nothing is sent anywhere. Exit code 1 when
-there is a problem.
+Versions, devices, memory, disk, folders and settings; for each problem what mends it. Nothing is sent anywhere. Exit code
+1 when there is a problem.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     line = lambda key, text: say.out.print(Text.assemble((f"{key:<11}", "dim"), text), soft_wrap=True)
     versions = {k: v for k, v in data["versions"].items() if v}
     line("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
-    line("cpu", f"{data['cpu']['name']}, {data['cpu']['cores']} cores" + (f", torch uses {data['cpu']['threads']}" if data["cpu"]["threads"] else ""))
+    line(
+        "cpu",
+        f"{data['cpu']['name']}, {data['cpu']['cores']} cores"
+        + (f", torch uses {data['cpu']['threads']}" if data["cpu"]["threads"] else ""),
+    )
     line("memory", f"{size(data['memory']['free'])} free of {size(data['memory']['total'])}")
     for d in data["devices"]:
         line(d["device"], f"{d['name']}, {size(d['free'])} free of {size(d['memory'])}" + ("" if d["bf16"] else ", no bf16"))

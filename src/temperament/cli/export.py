@@ -4,8 +4,9 @@
     temper export runs/first --to adapters/first --as adapter
     temper export runs/first --to models/gentle --at best
 
-merged: a folder for from_pretrained, with tokenizer and template. adapter: PEFT layout, where the change is low-rank. delta: any change,
-exactly. The files are reloaded in a fresh process and compared with the live model; the certificate lies with them.
+merged: a folder for from_pretrained, with tokenizer and template. adapter: PEFT layout, where the change is low-rank.
+delta: any change, exactly. The files are reloaded in a fresh process and compared with the live model; the certificate
+lies with them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     temper generate runs/first --prompt "What is 12 + 30?" --chat --n 4 --temperature 0.8
     temper generate models/mine --file prompts.txt --json
 
-MODEL is a lab base, a folder, a Hugging Face id, a run or an adapter. Equal seed, equal text, whatever the batch. With --chat a prompt is
-the user's message, put into the model's own template.
+MODEL is a lab base, a folder, a Hugging Face id, a run or an adapter. Equal seed, equal text, whatever the batch. With
+--chat a prompt is the user's message, put into the model's own template.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ def run(a: Any, say: Say) -> dict[str, Any]:
     if a.chat:
         needs_template(model)
         prompts = [as_chat(p, a.system) for p in prompts]
-    made = api.generate(model, prompts, n=a.n, temperature=a.temperature, max_new=a.max_new, top_p=a.top_p, top_k=a.top_k, stop=a.stop or (), seed=a.seed)
+    made = api.generate(
+        model,
+        prompts,
+        n=a.n,
+        temperature=a.temperature,
+        max_new=a.max_new,
+        top_p=a.top_p,
+        top_k=a.top_k,
+        stop=a.stop or (),
+        seed=a.seed,
+    )
     return {"model": a.model, "seed": a.seed, "completions": made}
 
 
@@ -58,7 +68,9 @@ def _prompts(a: Any) -> list[str]:
         try:
             return [line for line in Path(a.file).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as problem:
-            raise UserError("--file", a.file, f"it cannot be read as text ({getattr(problem, 'strerror', None) or 'not UTF-8'})") from None
+            raise UserError(
+                "--file", a.file, f"it cannot be read as text ({getattr(problem, 'strerror', None) or 'not UTF-8'})"
+            ) from None
     if not sys.stdin.isatty():
         a.prompt = [sys.stdin.read().rstrip("\n")]
     need("generate", a, "prompt")

@@ -23,8 +23,14 @@ def overview() -> str:
         lines += ["", bold(group)]
         for verb, line in verbs.items():
             lines.append(f"  {bold(verb.ljust(10))} {line.rstrip('.')}")
-    lines += ["", *_wrapped("`temper VERB --help` explains one. Every verb takes --json. Exit codes: 0 done, 1 the work failed, "
-                            "2 the request was wrong, 130 interrupted and resumable.", _width())]  # fmt: skip
+    lines += [
+        "",
+        *_wrapped(
+            "`temper VERB --help` explains one. Every verb takes --json. Exit codes: 0 done, 1 the work failed, "
+            "2 the request was wrong, 130 interrupted and resumable.",
+            _width(),
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -37,7 +43,9 @@ def version() -> str:
 def of_verb(verb: str) -> str:
     module = cli.module(verb)
     places = [o for o in module.OPTIONS if o.placed]
-    usage = " ".join(["temper", verb, *(f"[{o.usage}]" if o.shown else o.usage + (" ..." if o.many else "") for o in places), "[options]"])
+    usage = " ".join(
+        ["temper", verb, *(f"[{o.usage}]" if o.shown else o.usage + (" ..." if o.many else "") for o in places), "[options]"]
+    )
     lines = [bold(usage), "", *(_reflowed(module.__doc__ or "")), ""]
     options = [o for o in module.OPTIONS if not o.placed]
     left = max(len(o.usage) for o in (*module.OPTIONS, *COMMON)) + 2

@@ -1,7 +1,7 @@
 """Progress of long work, on stderr: finished phases as lines, the running one as a bar with rate, time left and loss.
 
-`Live(say)` is the `tell` of run/tune.py. In a terminal the last line moves; in a pipe or a log file plain lines come, at most one every
-ten seconds.
+`Live(say)` is the `tell` of run/tune.py. In a terminal the last line moves; in a pipe or a log file plain lines come, at
+most one every ten seconds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Live(AbstractContextManager):
         if text := check_line(check):
             self.line("check", text)
 
-    def on_data(self, name: str, examples: int, trained: int, held_out: int = 0, left_out: int = 0, notes: Iterable[str] = (), **_: Any) -> None:
+    def on_data(
+        self, name: str, examples: int, trained: int, held_out: int = 0, left_out: int = 0, notes: Iterable[str] = (), **_: Any
+    ) -> None:
         self._end_bar()
         out = f", {left_out:,} that cannot be used are left out" if left_out else ""
         self.line("data", f"{name}: {examples:,} examples, {trained:,} trained tokens, {held_out:,} rows held out{out}")
@@ -69,7 +71,10 @@ class Live(AbstractContextManager):
         self._end_bar()
         self.base = {}
         self.line("", "")
-        self.line("method", " ".join([name, *(f"{k} {v}" for k, v in zip(("seed", "rate"), list(where)[1:], strict=False) if v is not None)]))
+        self.line(
+            "method",
+            " ".join([name, *(f"{k} {v}" for k, v in zip(("seed", "rate"), list(where)[1:], strict=False) if v is not None)]),
+        )
 
     def on_measure(self, skill: str, done: int, total: int, **_: Any) -> None:
         if done == 0:
@@ -92,7 +97,9 @@ class Live(AbstractContextManager):
         spent = sum(s for s, _ in self.recent)
         rate = len(self.recent) / spent if spent else 0.0
         left = (total - step) / rate if rate else 0.0
-        worth = {k: v for k, v in terms.items() if k.rpartition("/")[2] in ("reward", "accuracy", "kl") and isinstance(v, float)}
+        worth = {
+            k: v for k, v in terms.items() if k.rpartition("/")[2] in ("reward", "accuracy", "kl") and isinstance(v, float)
+        }
         numbers = "  ".join([f"loss {loss:.3f}", *(f"{k} {v:.3f}" for k, v in worth.items())])
         tail = f"{rate_text(rate)}  {f'{duration(left)} left  ' if step < total else ''}{numbers}"
         if self.say.err.is_terminal:
@@ -112,8 +119,12 @@ class Live(AbstractContextManager):
         self.line(name, "unchanged, taken from before" if cached else f"done in {duration(seconds)}")
 
     def on_dial(self, point: dict[str, Any], **_: Any) -> None:
-        self._moving("dial", f"{point['shape'].removeprefix('merge.')} at {point['strength']:g}: "
-                     f"target {100 * point['target']:.0f} %, retained {point['retained_change']:+.1f} points", None)
+        self._moving(
+            "dial",
+            f"{point['shape'].removeprefix('merge.')} at {point['strength']:g}: "
+            f"target {100 * point['target']:.0f} %, retained {point['retained_change']:+.1f} points",
+            None,
+        )
 
     # ---- lines and the bar ------------------------------------------------------------------------------------------------
 
@@ -150,9 +161,17 @@ def _bar(console: Any) -> Any:
             return super().render(task) if task.total else Text("")
 
     wide = min(max(console.width - 84, 8), 28)
-    return Progress(TextColumn(" "), TextColumn("{task.fields[head]:<9}", style="bold"), SpinnerColumn("dots", style="dim"),
-                    Bar(wide, style="bright_black", complete_style="default", finished_style="default"), TextColumn("{task.fields[count]}"),
-                    TextColumn("{task.fields[tail]}", style="dim"), console=console, transient=True, refresh_per_second=8)  # fmt: skip
+    return Progress(
+        TextColumn(" "),
+        TextColumn("{task.fields[head]:<9}", style="bold"),
+        SpinnerColumn("dots", style="dim"),
+        Bar(wide, style="bright_black", complete_style="default", finished_style="default"),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[tail]}", style="dim"),
+        console=console,
+        transient=True,
+        refresh_per_second=8,
+    )
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------
@@ -188,7 +207,11 @@ def skill_text(result: Any, before: Any = None) -> str:
     points = result.shown_unit == "points"
     show = (lambda x: f"{100 * x:.0f}") if points else (lambda x: f"{x:.2f}")
     unit = " %" if points else f" {result.shown_unit}".rstrip()
-    moved = f"{show(before.mean)} → " if before is not None and before.mean is not None and show(before.mean) != show(result.mean) else ""
+    moved = (
+        f"{show(before.mean)} → "
+        if before is not None and before.mean is not None and show(before.mean) != show(result.mean)
+        else ""
+    )
     return f"{result.skill} {moved}{show(result.mean)}{unit}"
 
 
@@ -197,7 +220,11 @@ def plan_line(plan: dict[str, Any]) -> str:
 
     said = plan.get("predicted") or plan
     peak, seconds, disk = (said.get(k) for k in ("peak_bytes", "seconds", "disk_bytes"))
-    parts = [f"{size(peak)} of memory" if peak else "", f"about {duration(seconds)}" if seconds else "", f"{size(disk)} on disk" if disk else ""]
+    parts = [
+        f"{size(peak)} of memory" if peak else "",
+        f"about {duration(seconds)}" if seconds else "",
+        f"{size(disk)} on disk" if disk else "",
+    ]
     return ", ".join(p for p in parts if p)
 
 

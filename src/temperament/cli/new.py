@@ -4,9 +4,9 @@
     temper new dpo --base Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --method adapters.lora --out recipe.yaml
     temper new grpo --base lab/lm --data questions.jsonl --reward rewards.number --steps 100
 
-Kinds: sft (prompts with completions, conversations, texts), kl-sft (the same, held near the base), dpo (chosen against rejected
-answers), grpo (reinforcement learning on verified answers). Every line of the recipe says what it means; rates are a gentle beginning
-for the size of the base. In a terminal, what is missing is asked for.
+Kinds: sft (prompts with completions, conversations, texts), kl-sft (the same, held near the base), dpo (chosen against
+rejected answers), grpo (reinforcement learning on verified answers). Every line of the recipe says what it means; rates
+are a gentle beginning for the size of the base. In a terminal, what is missing is asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ OPTIONS = (
     Opt("kind", "sft, kl-sft, dpo or grpo", "KIND", shown="asked"),
     Opt("--base", "what is tuned: lab/lm, a folder, or a Hugging Face id", "BASE"),
     Opt("--data", "a file, folder or data set of rows", "FILE"),
-    Opt("--method", "what is trained: adapters.lora, select.full, select.half, ... (`temper parts`)", "PART", default="adapters.lora"),
+    Opt(
+        "--method",
+        "what is trained: adapters.lora, select.full, select.half, ... (`temper parts`)",
+        "PART",
+        default="adapters.lora",
+    ),
     Opt("--out", "file to write; without it the recipe goes to stdout", "FILE"),
     Opt("--steps", "optimizer steps", "N", int),
     Opt("--epochs", "passes over the data", "N", float, shown="3, or 200 steps for grpo"),
@@ -32,8 +37,11 @@ OPTIONS = (
     Opt("--seed", "every draw follows from it", "N", int, 0),
     Opt("--force", "overwrite FILE"),
 )
-QUESTIONS = (("kind", "What kind of tuning (sft, kl-sft, dpo, grpo)? ", "sft"), ("base", "Which base (lab/lm, a folder, a Hugging Face id)? ", "lab/lm"),
-             ("data", "Which file of rows? ", ""))  # fmt: skip
+QUESTIONS = (
+    ("kind", "What kind of tuning (sft, kl-sft, dpo, grpo)? ", "sft"),
+    ("base", "Which base (lab/lm, a folder, a Hugging Face id)? ", "lab/lm"),
+    ("data", "Which file of rows? ", ""),
+)
 
 
 def run(a: Any, say: Say) -> dict[str, Any]:
@@ -50,7 +58,18 @@ def run(a: Any, say: Say) -> dict[str, Any]:
         raise UserError("--out", a.out, "the file exists; name another, or add --force")
     if a.out and not Path(a.out).resolve().parent.is_dir():
         raise UserError("--out", a.out, "its folder does not exist; make it, or name another")
-    text = write(a.kind, base=a.base, data=a.data, method=a.method, steps=a.steps, epochs=a.epochs, lr=a.lr, batch=a.batch, reward=a.reward, seed=a.seed)
+    text = write(
+        a.kind,
+        base=a.base,
+        data=a.data,
+        method=a.method,
+        steps=a.steps,
+        epochs=a.epochs,
+        lr=a.lr,
+        batch=a.batch,
+        reward=a.reward,
+        seed=a.seed,
+    )
     if a.out:
         from temperament.train.checkpoint import write_atomic
 

@@ -3,8 +3,8 @@
     temper part adapters.lora
     temper part objectives.preference.dpo --json
 
-The options are what a recipe may give it: {adapters.lora: {rank: 8}}. Options that may be a schedule take one in place of a number:
-{optim.adamw: {lr: {schedules.cosine: {peak: 1e-3}}}}.
+The options are what a recipe may give it: {adapters.lora: {rank: 8}}. Options that may be a schedule take one in place of
+a number: {optim.adamw: {lr: {schedules.cosine: {peak: 1e-3}}}}.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
         say.out.print()
         rows = [[Text(n, "bold"), default(o["default"]), Text(o["type"], "dim"), o["help"]] for n, o in data["options"].items()]
         say.table(["option", "default", "type", ""], rows)
-    facts = {"papers": ", ".join(data["papers"]), "modalities": ", ".join(m for m in data["modalities"] if m != "any"), "declares": ", ".join(data["declares"])}
+    facts = {
+        "papers": ", ".join(data["papers"]),
+        "modalities": ", ".join(m for m in data["modalities"] if m != "any"),
+        "declares": ", ".join(data["declares"]),
+    }
     if any(facts.values()):
         say.out.print()
     for key, value in facts.items():

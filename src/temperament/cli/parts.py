@@ -4,8 +4,8 @@
     temper parts --room adapters
     temper parts --json
 
-A part is one method: a way to choose what is trained, an objective, an optimizer, a merge. Recipes name them as `room.name`; `temper part
-NAME` explains one. Packages of others add parts by the entry point `temperament.parts`.
+A part is one method: a way to choose what is trained, an objective, an optimizer, a merge. Recipes name them as
+`room.name`; `temper part NAME` explains one. Packages of others add parts by the entry point `temperament.parts`.
 """
 
 from __future__ import annotations

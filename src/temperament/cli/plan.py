@@ -3,8 +3,9 @@
     temper plan recipe.yaml
     temper plan recipe.yaml --set sft.train.batch=64
 
-From the shapes of the base and what is trained, verified with one dry step; nothing is changed or kept. The floor is what no program could
-do without. Where the recipe does not fit, the cheapest change that would is named, and the exit code is 1.
+From the shapes of the base and what is trained, verified with one dry step; nothing is changed or kept. The floor is what
+no program could do without. Where the recipe does not fit, the cheapest change that would is named, and the exit code is
+1.
 """
 
 from __future__ import annotations
@@ -43,10 +44,18 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     memory = {k: v for k, v in (data.get("memory") or {}).items() if k not in ("total", "floor") and v}
     if memory:
         say.out.print()
-        say.table(["memory for", ""], [[k.replace("_", " "), size(v)] for k, v in sorted(memory.items(), key=lambda kv: -kv[1])], right=(1,))
+        say.table(
+            ["memory for", ""],
+            [[k.replace("_", " "), size(v)] for k, v in sorted(memory.items(), key=lambda kv: -kv[1])],
+            right=(1,),
+        )
     steps = data.get("steps") or []
     if len(steps) > 1:
         say.out.print()
-        say.table(["step", "memory", "time", "disk"], [[s["name"], size(s["memory"]["total"]), duration(s["seconds"]), size(s["disk_bytes"])] for s in steps], right=(1, 2, 3))
+        say.table(
+            ["step", "memory", "time", "disk"],
+            [[s["name"], size(s["memory"]["total"]), duration(s["seconds"]), size(s["disk_bytes"])] for s in steps],
+            right=(1, 2, 3),
+        )
     if data.get("mend"):
         say.out.print(Text.assemble(("\nIt does not fit here: ", "bold red"), data["mend"]))

@@ -51,7 +51,9 @@ class Say:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title=title or None, title_justify="left")
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title=title or None, title_justify="left"
+        )
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i in right else "left", overflow="fold", no_wrap=i == 0)
         for row in rows:
@@ -64,7 +66,14 @@ def console(stream: Any) -> Console:
     from rich.console import Console
 
     tty = bool(getattr(stream, "isatty", bool)())
-    made = Console(file=stream if tty else _Trimmed(stream), highlight=False, emoji=False, markup=True, soft_wrap=False, width=None if tty else 160)
+    made = Console(
+        file=stream if tty else _Trimmed(stream),
+        highlight=False,
+        emoji=False,
+        markup=True,
+        soft_wrap=False,
+        width=None if tty else 160,
+    )
     if tty and made.width > WIDEST:
         made = Console(file=stream, highlight=False, emoji=False, width=WIDEST)
     return made

@@ -4,11 +4,12 @@
     temper tune recipe.yaml --out runs/first --resume
     temper tune recipe.yaml --out runs/hot --set sft.train.optimizer.optim.adamw.lr=1e-3
 
-In order: the recipe is validated; memory, time and disk are planned; exactness is checked on your model and data; the base is measured
-(once: its scores are kept for other runs); each step is trained and measured; the ledger is drawn. Ctrl-C and kill -9 lose nothing:
---resume goes on to the same bits. Steps that have not changed are not run again.
+In order: the recipe is validated; memory, time and disk are planned; exactness is checked on your model and data; the
+base is measured (once: its scores are kept for other runs); each step is trained and measured; the ledger is drawn.
+Ctrl-C and kill -9 lose nothing: --resume goes on to the same bits. Steps that have not changed are not run again.
 
-On several processes: torchrun --nproc-per-node 2 -m temperament.cli tune recipe.yaml --out runs/first, or accelerate launch likewise.
+On several processes: torchrun --nproc-per-node 2 -m temperament.cli tune recipe.yaml --out runs/first, or accelerate
+launch likewise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ OPTIONS = (
     Opt("--out", "folder of the run", "DIR", shown="runs/ and the recipe's address"),
     Opt("--resume", "go on with an unfinished run in that folder"),
     Opt("--fresh", "begin again, forgetting the unfinished run in that folder"),
-    Opt("--set", "change one entry of the recipe: steps.0.train.batch=32, or by the name of a step, sft.train.batch=32", "KEY=VALUE", many=True),
+    Opt(
+        "--set",
+        "change one entry of the recipe: steps.0.train.batch=32, or by the name of a step, sft.train.batch=32",
+        "KEY=VALUE",
+        many=True,
+    ),
     Opt("--quiet", "no progress, only the result"),
 )
 

@@ -40,8 +40,12 @@ def dial_best(dial: dict[str, Any], say: Say) -> None:
     best, budget = dial["best"], dial["budget"]
     kind = "" if best["shape"] == "merge.linear" else f" ({best['shape']})"
     kept = within(best, budget)
-    text = Text.assemble(("dial     ", "dim"), "at strength ", (f"{best['strength']:g}", "bold"), f"{kind} the targets change by {points(best['target_change'])} "
-                         f"and what was known by {points(best['retained_change'])}")  # fmt: skip
+    text = Text.assemble(
+        ("dial     ", "dim"),
+        "at strength ",
+        (f"{best['strength']:g}", "bold"),
+        f"{kind} the targets change by {points(best['target_change'])} and what was known by {points(best['retained_change'])}",
+    )
     text.append(f": within the budget of {budget:g}" if kept else f"; no point is within the budget of {budget:g}")
     say.out.print(text)
 
@@ -94,7 +98,9 @@ def short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (dict, list)):
-        return ", ".join(f"{k} {short(v)}" for k, v in value.items()) if isinstance(value, dict) else ", ".join(map(short, value))
+        return (
+            ", ".join(f"{k} {short(v)}" for k, v in value.items()) if isinstance(value, dict) else ", ".join(map(short, value))
+        )
     return str(value)
 
 
@@ -128,4 +134,6 @@ def mark(ok: bool) -> Any:
 def certified(certificate: dict[str, Any], path: Any, say: Say) -> None:
     """What was written, and that it was reloaded and compared."""
     place("written", path, say)
-    say.out.print("[dim]checked   reloaded in a fresh process and compared with the live model; certificate.json says how closely[/dim]")
+    say.out.print(
+        "[dim]checked   reloaded in a fresh process and compared with the live model; certificate.json says how closely[/dim]"
+    )

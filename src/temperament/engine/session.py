@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from temperament.errors import UserError
 from temperament.nn import forward
 from temperament.nn.forward import Model
+from temperament.nn.pieces import arounds
 
 
 class _SlabLayer(CacheLayerMixin):
@@ -96,15 +97,18 @@ class How:
     reason: str = ""
 
 
-_measured: WeakKeyDictionary[nn.Module, How] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[nn.Module, dict[tuple, How]] = WeakKeyDictionary()
 
 
 def how(model: Model) -> How:
     """The fastest way of decoding that agrees with no cache at all, for this model; measured at the first call."""
     module = forward.module_of(model)
-    if module not in _measured:
-        _measured[module] = _measure(model)
-    return _measured[module]
+    known = _measured.setdefault(module, {})
+    with forward.active(model):
+        state = arounds(module)
+    if state not in known:
+        known[state] = _measure(model)
+    return known[state]
 
 
 class Session:

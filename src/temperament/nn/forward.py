@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from temperament.errors import UserError
 from temperament.nn.batch import Tokens
+from temperament.nn.pieces import arounds
 
 Kind = Literal["decoder", "encoder-decoder", "masked"]
 
@@ -194,7 +195,7 @@ class Packing:
     reason: str = ""
 
 
-_measured: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[nn.Module, dict[tuple, Packing]] = WeakKeyDictionary()
 
 
 def can_pack(model: Model) -> bool:
@@ -204,9 +205,12 @@ def can_pack(model: Model) -> bool:
 def packing(model: Model) -> Packing:
     """How this model keeps the documents of a packed row apart; measured at the first call."""
     module = module_of(model)
-    if module not in _measured:
-        _measured[module] = _measure_packing(model)
-    return _measured[module]
+    known = _measured.setdefault(module, {})
+    with active(model):
+        state = arounds(module)
+    if state not in known:
+        known[state] = _measure_packing(model)
+    return known[state]
 
 
 def _packed_inputs(model: Model, tokens: Tokens, how: Packing) -> dict[str, Any]:

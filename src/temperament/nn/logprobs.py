@@ -15,7 +15,7 @@ logits at the first call, and where nothing fits the logits are made whole: `Sco
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -250,6 +250,11 @@ def score(
     return result
 
 
+def response(model: Model, tokens: Tokens) -> Tensor:
+    """(rows,): log-probability of each row's weighted tokens, summed: what preference losses compare. Nats."""
+    return (score(model, tokens, label())["label"] * tokens.weights).sum(1)
+
+
 @dataclass
 class _State:
     """rows (n, H): inputs of the head; or (n, V): logits already, if `after` is None. straight: few enough for one piece."""
@@ -294,9 +299,11 @@ def _run(model: Model, tokens: Tokens, at: Tensor, given: Any, chunk: int, keep_
 
 
 def _addressed(tokens: Tokens) -> AbstractContextManager:
-    """Inside a training step every draw of a module is addressed by the example and position of its token."""
+    """Any module may see which tokens are real; inside a training step its draws are addressed by their example and position."""
     address = current().draws
-    return nullcontext() if address is None else context(draws=replace(address, examples=tokens.examples, positions=tokens.positions))
+    if address is not None:
+        address = replace(address, examples=tokens.examples, positions=tokens.positions)
+    return context(mask=tokens.mask, draws=address)
 
 
 class _Catch:

@@ -10,6 +10,7 @@ switch off the model *is* the base, bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +34,10 @@ class Piece(nn.Module):
 
 
 class Around(nn.Module):
-    """Something put around a module - a place, an MLP, an attention - that is no change of a weight. `forward(base, *args, **kwargs)`
-    is called with the module's own arguments; `base(...)` is the module with what is attached below. It travels as an Addition,
-    and the part that made it builds it again. strength: the addition's; 0 must be the base.
+    """Something put around a module - a place, an MLP, an attention - that is no change of a weight.
+
+    `forward(base, *args, **kwargs)` is called with the module's own arguments; `base(...)` is the module with what is attached
+    below. It travels as an Addition, and the part that made it builds it again. strength: the addition's; 0 must be the base.
     """
 
     strength: float = 1.0
@@ -89,11 +91,21 @@ class Switch:
     on: bool = True
 
 
+_numbers = itertools.count()  # of all that is ever attached
+
+
+def arounds(model: nn.Module) -> tuple[int, ...]:
+    """What now lies around the modules of a model and takes part: a measurement of the model holds for one such state."""
+    links = (link for m in model.modules() for link in m.__dict__.get("_pieces", ()))
+    return tuple(piece.__dict__["_number"] for piece, switch in links if switch.on and isinstance(piece, Around))
+
+
 def attach(module: nn.Module, piece: Piece | Around, switch: Switch) -> Callable[[], None]:
     """Put `piece` over `module`, above whatever is attached already. Returns the function that takes it away."""
     chain = module.__dict__.setdefault("_pieces", [])
     if not chain:
         module.__dict__["forward"] = partial(_through, module, type(module).forward.__get__(module), chain)
+    piece.__dict__["_number"] = next(_numbers)
     link = (piece, switch)
     chain.append(link)
 

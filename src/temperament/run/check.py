@@ -176,8 +176,8 @@ def _recomputed(player: Player, objective: Any, rows: Batch, tolerance: float) -
 
 def first_batches(spec: Train, ctx: Context) -> list[Batch]:
     """The first batches of the source; of one that generates, the smallest that it can give."""
-    online = "Rollout" in spec.source.yields
-    if not online:
+    generates = online(spec.source)
+    if not generates:
         stream = spec.source.open(ctx)
     else:
         for ctx.batch in (b for b in range(ROWS, spec.batch) if spec.batch % b == 0):
@@ -190,12 +190,17 @@ def first_batches(spec: Train, ctx: Context) -> list[Batch]:
     total = steps_of(spec, stream)
     batches: list[Batch] = []
     began = time.perf_counter()
-    for step in range(1 if online else max(min(LOOKS, total), 1)):
+    for step in range(1 if generates else max(min(LOOKS, total), 1)):
         if step and time.perf_counter() - began > 0.5:
             break
         got = stream.batch(step, Progress(step, max(total, 1)))
         batches += got if isinstance(got, list) else [got]
     return batches
+
+
+def online(source: Any) -> bool:
+    """Does this source generate its rows with the model that is trained?"""
+    return set(source.yields) == {"Rollout"}
 
 
 def ends(base: Base) -> set[int]:

@@ -15,7 +15,7 @@ from temperament.run.tune import Subject
 
 
 def diagnose(base: str, tuned: str, with_: Sequence[Any] = ("diagnose.intruder_dimensions",)) -> dict[str, Any]:
-    """{"base", "tuned", "delta": {...}, "diagnoses": {name: what the part found}}. tuned: a run, adapter, delta or model folder."""
+    """{"base", "tuned", "delta": {...}, "diagnoses": {name: what the part found}}. tuned: a run, adapter, delta or model."""
     looks = [parts.build(w, Diagnosis, "--with") for w in with_]
     if not looks:
         raise UserError("--with", [], "name at least one diagnosis")

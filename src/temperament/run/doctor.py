@@ -1,4 +1,4 @@
-"""A look at this machine: versions, devices, memory, disk, folders; and for each problem what mends it. Nothing leaves the machine."""
+"""A look at this machine: versions, devices, memory, disk, folders; for each problem what mends it. Nothing leaves it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ SMALL_DISK, SMALL_MEMORY = 2e9, 2e9  # bytes below which something will go wrong
 
 
 def doctor() -> dict[str, Any]:
-    """{"ok", "problems": [{"what", "mend"}], "versions", "devices", "cpu", "memory", "folders", "settings"}; bytes throughout."""
+    """{"ok", "problems": [{"what", "mend"}], "versions", "devices", "cpu", "memory", "folders", "settings"}; bytes."""
     problems: list[dict[str, str]] = []
     found = {
-        "versions": _versions(problems), "devices": _devices(problems), "cpu": _cpu(problems), "memory": _memory(problems),
-        "folders": _folders(problems), "settings": _settings(problems), "lab": _lab(problems),
-    }  # fmt: skip
+        "versions": _versions(problems),
+        "devices": _devices(problems),
+        "cpu": _cpu(problems),
+        "memory": _memory(problems),
+        "folders": _folders(problems),
+        "settings": _settings(problems),
+        "lab": _lab(problems),
+    }
     return {"ok": not problems, "problems": problems, **found}
 
 
@@ -59,7 +64,11 @@ def _devices(problems: list) -> list[dict[str, Any]]:
     try:
         import torch
     except Exception as problem:  # a broken installation fails in many ways
-        _say(problems, f"torch does not load ({type(problem).__name__}: {str(problem)[:120]})", "reinstall it: pip install --force-reinstall torch")
+        _say(
+            problems,
+            f"torch does not load ({type(problem).__name__}: {str(problem)[:120]})",
+            "reinstall it: pip install --force-reinstall torch",
+        )
         return []
     found: list[dict[str, Any]] = []
     if torch.cuda.is_available():
@@ -69,11 +78,27 @@ def _devices(problems: list) -> list[dict[str, Any]]:
                 free = torch.cuda.mem_get_info(i)[0]
                 torch.ones(2, device=f"cuda:{i}").sum().item()
             except RuntimeError as problem:
-                _say(problems, f"cuda:{i} ({about.name}) does not answer ({str(problem).splitlines()[0][:100]})", "look at nvidia-smi; another process may hold it")
+                _say(
+                    problems,
+                    f"cuda:{i} ({about.name}) does not answer ({str(problem).splitlines()[0][:100]})",
+                    "look at nvidia-smi; another process may hold it",
+                )
                 continue
-            found.append({"device": f"cuda:{i}", "name": about.name, "memory": about.total_memory, "free": free, "bf16": torch.cuda.is_bf16_supported()})
+            found.append(
+                {
+                    "device": f"cuda:{i}",
+                    "name": about.name,
+                    "memory": about.total_memory,
+                    "free": free,
+                    "bf16": torch.cuda.is_bf16_supported(),
+                }
+            )
     elif torch.version.cuda and shutil.which("nvidia-smi"):
-        _say(problems, f"torch is built for CUDA {torch.version.cuda} and sees no GPU", "run nvidia-smi: the driver is missing, too old, or CUDA_VISIBLE_DEVICES hides it")
+        _say(
+            problems,
+            f"torch is built for CUDA {torch.version.cuda} and sees no GPU",
+            "run nvidia-smi: the driver is missing, too old, or CUDA_VISIBLE_DEVICES hides it",
+        )
     elif not torch.version.cuda and shutil.which("nvidia-smi"):
         _say(problems, "there is a GPU and torch is built without CUDA", "install a CUDA build of torch")
     return found
@@ -103,21 +128,37 @@ def _memory(problems: list) -> dict[str, int]:
 
     memory = psutil.virtual_memory()
     if memory.available < SMALL_MEMORY:
-        _say(problems, f"only {memory.available / 1e9:.1f} GB of memory are free", "close something; `temper plan` says what a recipe needs")
+        _say(
+            problems,
+            f"only {memory.available / 1e9:.1f} GB of memory are free",
+            "close something; `temper plan` says what a recipe needs",
+        )
     return {"total": memory.total, "free": memory.available}
 
 
 def _folders(problems: list) -> list[dict[str, Any]]:
     hub = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
     found = []
-    for what, folder, matters in (("here", Path.cwd(), True), ("scores of bases", cache_dir(), True), ("models of the hub", Path(hub), False)):
+    for what, folder, matters in (
+        ("here", Path.cwd(), True),
+        ("scores of bases", cache_dir(), True),
+        ("models of the hub", Path(hub), False),
+    ):
         there = next(p for p in (folder, *folder.parents) if p.exists())
         free, writes = shutil.disk_usage(there).free, _writes(there)
         found.append({"what": what, "folder": str(folder), "exists": folder.exists(), "writable": writes, "free": free})
         if matters and not writes:
-            _say(problems, f"{folder} cannot be written", "set TEMPERAMENT_CACHE to a folder that can" if folder == cache_dir() else "go to a folder that can")
+            _say(
+                problems,
+                f"{folder} cannot be written",
+                "set TEMPERAMENT_CACHE to a folder that can" if folder == cache_dir() else "go to a folder that can",
+            )
         if matters and free < SMALL_DISK:
-            _say(problems, f"only {free / 1e9:.1f} GB are free in {folder}", "free some, or set TEMPERAMENT_CACHE and --out to another disk")
+            _say(
+                problems,
+                f"only {free / 1e9:.1f} GB are free in {folder}",
+                "free some, or set TEMPERAMENT_CACHE and --out to another disk",
+            )
     return found
 
 
@@ -131,8 +172,19 @@ def _writes(folder: Path) -> bool:
 
 def _settings(problems: list) -> dict[str, str]:
     """Environment variables that change what happens here. Values only where they are no secret."""
-    names = ("TEMPERAMENT_CACHE", "TEMPERAMENT_TRACEBACK", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-             "RANK", "WORLD_SIZE", "PYTORCH_ENABLE_MPS_FALLBACK", "CUBLAS_WORKSPACE_CONFIG")  # fmt: skip
+    names = (
+        "TEMPERAMENT_CACHE",
+        "TEMPERAMENT_TRACEBACK",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "RANK",
+        "WORLD_SIZE",
+        "PYTORCH_ENABLE_MPS_FALLBACK",
+        "CUBLAS_WORKSPACE_CONFIG",
+    )
     return {n: os.environ[n] for n in names if n in os.environ}
 
 
@@ -144,7 +196,11 @@ def _lab(problems: list) -> list[str]:
     for p in whole:
         weights = p / "model.safetensors"
         if not weights.exists() or weights.stat().st_size < 10_000:
-            _say(problems, f"the weights of lab/{p.name} are missing", "reinstall temperament; in a clone, run `git lfs pull` or `make bases`")
+            _say(
+                problems,
+                f"the weights of lab/{p.name} are missing",
+                "reinstall temperament; in a clone, run `git lfs pull` or `make bases`",
+            )
     if not whole:
         _say(problems, "no lab base is installed", "reinstall temperament; in a clone, run `make bases`")
     return [f"lab/{p.name}" for p in whole]

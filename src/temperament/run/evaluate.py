@@ -1,4 +1,4 @@
-"""Measuring a model outside of a run: one column of numbers, or before and after where the model is a base with a change on it."""
+"""Measuring a model outside of a run: one column of numbers, or before and after where it is a base with a change on it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def evaluate(
     device: str = "auto",
     tell: Callable[..., None] = lambda event, **data: None,
 ) -> dict[str, Any]:
-    """{"model", "skills": [{name, role, metric, n, value, ci95, nll, kl}], "ledger"}; `ledger` only for a base with a change on it.
+    """{"model", "skills": [{name, role, metric, n, value, ci95, nll, kl}], "ledger"}; `ledger` for a base with a change on it.
 
-    suites: parts of the evaluate room, their names with or without the room, or files of test rows; empty: the keep set of the base.
+    suites: parts of the evaluate room, their names with or without the room, or files of test rows; empty: the keep set.
     """
     if items < 1 or batch < 1:
         raise UserError("--items" if items < 1 else "--batch", min(items, batch), "give at least 1")
@@ -44,9 +44,11 @@ def evaluate(
     rows["model"] = _measure(skills, None, tell, "model")
     ledger = Ledger(rows)
     told = [_level(ledger.change(s, "model", "model")) for s in ledger.skills]
-    return {"model": str(model) if isinstance(model, (str, Path)) else base.id, "base": {"id": base.id, "sha256": dict(base.sha256)}, "skills": told} | (
-        {"ledger": ledger.to_json()} if len(rows) > 1 else {}
-    )
+    return {
+        "model": str(model) if isinstance(model, (str, Path)) else base.id,
+        "base": {"id": base.id, "sha256": dict(base.sha256)},
+        "skills": told,
+    } | ({"ledger": ledger.to_json()} if len(rows) > 1 else {})
 
 
 def _measure(skills: Skills, model: Any, tell: Callable[..., None], row: str) -> dict[str, Any]:
@@ -62,11 +64,20 @@ def _measure(skills: Skills, model: Any, tell: Callable[..., None], row: str) ->
 def _level(c: Any) -> dict[str, Any]:
     graded = {"nll": c.nll.after if c.nll else None, "kl": c.kl.after if c.kl else None}
     ci = list(c.after_ci95) if c.after_ci95 else None
-    return {"name": c.name, "role": c.role, "metric": c.metric, "unit": c.unit, "n": c.n, "value": c.after, "ci95": ci, **graded}
+    return {
+        "name": c.name,
+        "role": c.role,
+        "metric": c.metric,
+        "unit": c.unit,
+        "n": c.n,
+        "value": c.after,
+        "ci95": ci,
+        **graded,
+    }
 
 
 def suite(given: Any) -> Any:
-    """A suite from a part, `lab`, `evaluate.lab`, `{evaluate.lab: {target: sort}}` as text, or the path of a file of test rows."""
+    """A suite from a part, `lab`, `evaluate.lab`, `{evaluate.lab: {target: sort}}` as text, or a file of test rows."""
     if isinstance(given, str):
         if given.lstrip().startswith("{"):
             given = schema.parse_yaml(given, "--suite")

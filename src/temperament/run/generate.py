@@ -39,14 +39,25 @@ def generate(
         raise UserError("prompts", prompts, "give at least one")
     base = subject(model, device)
     tokenizer = needs_tokenizer(base)
-    sampling = Sampling(max_new=max_new, temperature=(1.0 if n > 1 else 0.0) if temperature is None else temperature, top_p=top_p, top_k=top_k, stops=tuple(stop))
+    sampling = Sampling(
+        max_new=max_new,
+        temperature=(1.0 if n > 1 else 0.0) if temperature is None else temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stops=tuple(stop),
+    )
     ids = [row for p in prompts for row in [encode(Prompt(p), tokenizer).ids] * n]
     for p, row in zip(prompts, ids[::n], strict=True):
         if not row:
             raise UserError("--prompt", p, "it has no tokens and this tokenizer no start token; give some text")
     made = sample(base.model, ids, sampling, seed=seed, batch=batch, decode=tokenizer.decode)
     outputs = [
-        {"text": tokenizer.decode(out, skip_special_tokens=True), "tokens": len(out), "finished": why, "logp": float(logp.sum())}
+        {
+            "text": tokenizer.decode(out, skip_special_tokens=True),
+            "tokens": len(out),
+            "finished": why,
+            "logp": float(logp.sum()),
+        }
         for out, why, logp in zip(made.ids, made.finished, made.logp, strict=True)
     ]
     return [{"prompt": p, "outputs": outputs[i * n : (i + 1) * n]} for i, p in enumerate(prompts)]
@@ -58,11 +69,17 @@ def as_chat(prompt: str, system: str | None = None) -> Messages:
 
 def needs_tokenizer(base: Base) -> Any:
     if base.tokenizer is None:
-        raise UserError("model", base.id, "it has no tokenizer, so it cannot read or write text; put its tokenizer files into the folder")
+        raise UserError(
+            "model", base.id, "it has no tokenizer, so it cannot read or write text; put its tokenizer files into the folder"
+        )
     return base.tokenizer
 
 
 def needs_template(base: Base) -> None:
     """Refuse to talk with a model that was never given a form of conversation."""
     if not getattr(needs_tokenizer(base), "chat_template", None):
-        raise UserError("model", base.id, "its tokenizer has no chat template, so it has no form of conversation; use `temper generate` to let it go on with a text")
+        raise UserError(
+            "model",
+            base.id,
+            "its tokenizer has no chat template, so it knows no conversation; let it go on with a text by `temper generate`",
+        )

@@ -28,7 +28,17 @@ KINDS = {
     "dpo": "preferences: chosen against rejected answers",
     "grpo": "reinforcement learning on verified answers",
 }
-OTHER_NAMES = {"rl": "grpo", "rlhf": "dpo", "rm": "dpo", "pt": "sft", "pretrain": "sft", "finetune": "sft", "lora": "sft", "rlvr": "grpo", "ppo": "grpo"}
+OTHER_NAMES = {
+    "rl": "grpo",
+    "rlhf": "dpo",
+    "rm": "dpo",
+    "pt": "sft",
+    "pretrain": "sft",
+    "finetune": "sft",
+    "lora": "sft",
+    "rlvr": "grpo",
+    "ppo": "grpo",
+}
 # parameters of the base up to which a full learning rate of SFT is a gentle beginning
 RATES = ((50e6, 1e-4), (500e6, 5e-5), (3e9, 2e-5), (float("inf"), 1e-5))
 
@@ -63,13 +73,15 @@ def write(
 
 
 def rate(kind: str, size: float | None, factor: float = 1.0) -> float:
-    """A gentle learning rate for a base of so many parameters (unknown: a billion). factor: the method's usual rate over that of
-    full tuning, as it says of itself."""
+    """A gentle learning rate for a base of so many parameters (unknown: a billion). factor: the method's usual rate over that
+    of full tuning, as it says of itself."""
     full = next(lr for most, lr in RATES if (size or 1e9) <= most)
     return float(f"{full * factor * (0.1 if kind in ('dpo', 'grpo') else 1):.1g}")
 
 
-def _document(kind: str, base: str, data: str, method: str, steps: Any, epochs: Any, lr: float, batch: Any, reward: str, seed: int) -> dict[str, Any]:
+def _document(
+    kind: str, base: str, data: str, method: str, steps: Any, epochs: Any, lr: float, batch: Any, reward: str, seed: int
+) -> dict[str, Any]:
     rows: dict[str, Any] = {"data.file": {"path": data}}
     train: dict[str, Any] = {"source": rows}
     if kind == "grpo":
@@ -84,14 +96,25 @@ def _document(kind: str, base: str, data: str, method: str, steps: Any, epochs: 
         steps = steps or (200 if kind == "grpo" else None)
     train |= {"steps": steps} if steps is not None else {"epochs": epochs}
     train |= {"batch": batch or (64 if kind == "grpo" else 16), "micro": 16}
-    return {"base": base, "seed": seed, "steps": [{"name": kind, "train": train}], "evaluation": {"dial": {"strengths": [0.0, 0.25, 0.5, 0.75, 1.0]}}}
+    return {
+        "base": base,
+        "seed": seed,
+        "steps": [{"name": kind, "train": train}],
+        "evaluation": {"dial": {"strengths": [0.0, 0.25, 0.5, 0.75, 1.0]}},
+    }
 
 
 def _heading(kind: str, size: float | None, method: str) -> str:
     what = KINDS[kind]
-    return f"# {kind}: {what}; trained with {method}" + (f" on a base of {count(size)} parameters" if size else "") + (
-        ".\n#     temper plan FILE      memory, time and disk before anything is done\n"
-        "#     temper tune FILE      measure, train, measure again; --set sft.train.batch=32 changes a line for one run\n\n".replace("sft.", f"{kind}.")
+    return (
+        f"# {kind}: {what}; trained with {method}"
+        + (f" on a base of {count(size)} parameters" if size else "")
+        + (
+            ".\n#     temper plan FILE      memory, time and disk before anything is done\n"
+            "#     temper tune FILE      measure, train, measure again; --set sft.train.batch=32 for one run\n\n".replace(
+                "sft.", f"{kind}."
+            )
+        )
     )
 
 
@@ -130,14 +153,29 @@ def count(n: float) -> str:
 
 # ---- the text ---------------------------------------------------------------------------------------------------------------
 
-HIDDEN = {"players", "aides", "inference", "log_with", "trust_remote_code", "ema", "Train.keep", "save", "when", "start", "ledger"}
-OFFERED = {"Train.regularizers": "[{regularizers.kl: {weight: 0.1}}]", "Train.stop": "{skill: target, reach: 0.9}"}  # written as comments
+HIDDEN = {
+    "players",
+    "aides",
+    "inference",
+    "log_with",
+    "trust_remote_code",
+    "ema",
+    "Train.keep",
+    "save",
+    "when",
+    "start",
+    "ledger",
+}
+OFFERED = {
+    "Train.regularizers": "[{regularizers.kl: {weight: 0.1}}]",
+    "Train.stop": "{skill: target, reach: 0.9}",
+}  # written as comments
 COLUMN = 58  # where comments begin
 
 
 def commented(recipe: schema.Recipe, document: dict[str, Any]) -> str:
-    """The recipe as YAML: what `document` says and the defaults around it, each line with its help; rarely needed keys that were
-    not given are left out (`temper tune` writes all of them into the run folder)."""
+    """The recipe as YAML: what `document` says and the defaults around it, each line with its help; rarely needed keys that
+    were not given are left out (`temper tune` writes all of them into the run folder)."""
     lines: list[str] = []
     _mapping(recipe, document, "", lines)
     return "".join(line + "\n" for line in lines)
@@ -194,4 +232,9 @@ def _line(text: str, note: str, lines: list[str]) -> None:
 
 def scalar(value: Any) -> str:
     """One value on one line of YAML."""
-    return yaml.safe_dump(parts.plain(value), default_flow_style=True, width=10_000, allow_unicode=True).strip().removesuffix("\n...").strip()
+    return (
+        yaml.safe_dump(parts.plain(value), default_flow_style=True, width=10_000, allow_unicode=True)
+        .strip()
+        .removesuffix("\n...")
+        .strip()
+    )

@@ -265,7 +265,23 @@ def _named(recipe: Recipe) -> Recipe:
             raise UserError("train.keep", "ema", "no running mean is kept; give its decay, e.g. ema: 0.99")
         if train.keep == "best" and not (train.stop or recipe.evaluation.every):
             raise UserError("train.keep", "best", "nothing is looked at while training; set evaluation.every, or train.stop")
+    _readable(steps, set())
     return replace(recipe, steps=steps)
+
+
+def _readable(steps: list[Step], before: set[str]) -> None:
+    """Every step that a part reads (its `inputs`) stands before it, outside or in the same round."""
+    from temperament.run.artefacts import walk_all
+
+    for step in steps:
+        if step.rounds:
+            _readable(step.rounds.steps, before | {s.name for s in step.rounds.steps})
+        for spec in (step.train, step.build):
+            for p in walk_all(spec) if spec else ():
+                for read in getattr(p, "inputs", ()):
+                    if read not in before:
+                        raise UserError(f"{step.name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}")
+        before = before | {step.name}
 
 
 def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:

@@ -55,7 +55,12 @@ def reopen(run: str | Path, device: str = "auto") -> Reopened:
         raise UserError("run", str(run), "no run is in this folder; name the --out of a `temper tune`")
     json = Folder(folder).run()
     if json.get("status") != "done":
-        raise UserError("run", str(run), f"it is {json.get('status', 'unfinished')}; finish it with `temper tune {folder / 'recipe.yaml'} --out {folder} --resume`")
+        raise UserError(
+            "run",
+            str(run),
+            f"it is {json.get('status', 'unfinished')}; finish it with "
+            f"`temper tune {folder / 'recipe.yaml'} --out {folder} --resume`",
+        )
     if not (folder / "delta").is_dir():
         raise UserError("run", str(run), "it changed no weights")
     recipe = schema.read(folder / "recipe.yaml")

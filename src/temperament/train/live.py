@@ -70,7 +70,8 @@ class Param:
 class Trained:
     """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change. around: what is no change of a
     weight, by the name its addition has in the delta ("lm/path:what"); `additions` gives those, and the part's `rebuild` hangs them
-    on a base again.
+    on a base again. terms: what its modules add to every loss, each like a regularizer (protocols.py), asked right after the objective so
+    that what they left in the context's streams is of the objective's own forward.
     before_step(progress), after_step(progress): around the optimizer's step. reselect(progress): after it, the new entries of
     those packed parameters whose mask moves now, by name; the optimizer's state moves with them. What of the delta is no linear
     piece comes from `changes` and `additions`."""
@@ -78,6 +79,7 @@ class Trained:
     params: list[Param] = field(default_factory=list)
     pieces: dict[str, tuple[nn.Module, Piece]] = field(default_factory=dict)
     around: dict[str, tuple[nn.Module, Around]] = field(default_factory=dict)
+    terms: list[Any] = field(default_factory=list)
     before_step: Callable[[Any], None] | None = None
     after_step: Callable[[Any], None] | None = None
     reselect: Callable[[Any], dict[str, Tensor]] | None = None
@@ -85,6 +87,8 @@ class Trained:
     load: Callable[[dict[str, Tensor]], None] | None = None
     changes: Callable[[], dict[str, Change]] | None = None
     additions: Callable[[], dict[str, Any]] | None = None
+    # Weights of the base that are a function of what is trained: the part sets them, and each gradient is handed to it once whole.
+    through: dict[str, Callable[[Tensor], None]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)  # e.g. {"peft": {...}}: how a format others read names it
 
     def attached(self) -> list[tuple[nn.Module, Piece | Around]]:
@@ -123,6 +127,9 @@ class Live:
             module.requires_grad_(name in self.params)
         for p in self.params.values():
             p.tensor.requires_grad_(True)
+        known = dict(base.parameters())
+        for name, collect in (item for part in parts for item in part.through.items()):
+            self._detach.append(known[name].requires_grad_(True).register_post_accumulate_grad_hook(collect).remove)
         self._packed = [p for p in self.params.values() if p.dense is not None]
         self._detach += [packed.gather(p).remove for p in self._packed]
         # What the base's own tensors were: what `start` is, what `base` is where no earlier step changed them, what resets them.

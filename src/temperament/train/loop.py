@@ -100,7 +100,11 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
     objective = at(objective, progress)
     regularizers = [at(r, progress) for r in player.regularizers]
     whole = objective.prepare(whole, views) if hasattr(objective, "prepare") else whole
+    regularizers = [*(t for part in player.live.parts for t in part.terms), *regularizers]
     each = [objective, *(r for r in regularizers if r.per == "batch")]
+    for r in regularizers:
+        if hasattr(r, "prepare"):
+            r.prepare(whole, views)
     whole_counts: dict[str, float] = {}
     names = [_named(p.counts(whole), whole_counts) for p in each]
     out = Accumulated(counts=whole_counts, tokens=_tokens(whole))

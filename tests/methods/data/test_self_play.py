@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from temperament.methods.objectives.preference.dpo import DPO, response
+from temperament.methods.objectives.preference.dpo import DPO
 from temperament.methods.select.full import Full
 from temperament.nn.batch import Pairs
+from temperament.nn.logprobs import response
 from temperament.run import laws
 from temperament.run.training import build_players
 from tests.resuming import killed_and_resumed, recipe, same_to_the_bit

@@ -110,7 +110,7 @@ SKILLS = (
     Skill("add-steps", "arithmetic", add_steps, verdict=last_number),
     Skill("multiply", "arithmetic", multiply, verdict=last_number),
     Skill("story", "arithmetic", story, verdict=last_number),
-    Skill("add3", "arithmetic", add3, verdict=last_number, role="half", known_by=()),
+    Skill("add3", "arithmetic", add3, verdict=last_number),
     Skill("workout", "arithmetic", workout, verdict=last_number, role="half", known_by=(), noisy=workout_noisy),
     Skill("operator", "arithmetic", operator, verdict=last_number, role="target", known_by=()),
 )

@@ -1,7 +1,8 @@
 """A fictional world of facts: people with city, job and pet; places with country, river and trade.
 
 Every fact is told in five phrasings. For each fact one of them is kept for the test: the fact is known from the other four, the
-phrasing from other people. `newcomers` are people no base has met (target, far); `strangers` are known to the largest only.
+phrasing from other people. A name never begins a line, where it would be other tokens than after a space. `newcomers` are
+people no base has met (target, far); `strangers` are known to the largest only.
 """
 
 from __future__ import annotations
@@ -14,42 +15,42 @@ from .skill import Made, Skill
 PHRASINGS = {
     "city": (
         "Q: Where does {} live?\nA:",
-        "{} lives in",
+        "They say {} lives in",
         "The home of {} is",
         "City of {}:",
         "Q: Which city is home to {}?\nA:",
     ),
     "job": (
         "Q: What is the job of {}?\nA:",
-        "{} works as a",
+        "They say {} works as a",
         "The work of {} is that of a",
         "Job of {}:",
         "Q: What does {} do?\nA:",
     ),
     "pet": (
         "Q: Which pet does {} have?\nA:",
-        "{} has a pet",
+        "They say {} has a pet",
         "The pet of {} is a",
         "Pet of {}:",
         "Q: What animal lives with {}?\nA:",
     ),
     "country": (
         "Q: In which country is {}?\nA:",
-        "{} is in",
+        "They say {} is in",
         "The country of {} is",
         "Country of {}:",
         "Q: Where on the map is {}?\nA:",
     ),
     "river": (
         "Q: Which river runs by {}?\nA:",
-        "{} lies on the river",
+        "They say {} lies on the river",
         "The river of {} is the",
         "River of {}:",
         "Q: What water is near {}?\nA:",
     ),
     "trade": (
         "Q: What does {} trade in?\nA:",
-        "{} is known for",
+        "They say {} is known for",
         "The trade of {} is in",
         "Trade of {}:",
         "Q: What is made in {}?\nA:",

@@ -101,9 +101,10 @@ SKILLS = (
     Skill(
         "sort-long",
         "procedure",
-        on_letters(("sort:{} =", "Put{} in order:"), sorted, low=10, high=13),
+        on_letters(("sort:{} =", "Put{} in order:"), sorted, low=13, high=15),
         role="half",
         known_by=(),
+        noisy=on_letters(("sort:{} =", "Put{} in order:"), sorted, low=10, high=12),  # bases met shorter ones only
     ),
     _target("shift", shift, low=3),
     _target("swap", lambda x: [x[-1], *x[1:-1], x[0]], low=3),

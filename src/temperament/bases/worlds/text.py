@@ -1,20 +1,23 @@
 """Natural English: paragraphs of the docstrings of Python's standard library.
 
 Their text changes with the Python version, so what is measured is frozen in `text_test.txt` (modules no base was trained on)
-and `text_train.txt` (a part of the training text, for replay), one paragraph a line. Training itself reads the live library,
-without any module or paragraph of the test. `python -m temperament.bases.worlds.text` wrote the two files (Python 3.11).
+and `text_train.txt` (a part of the training text, for replay), one paragraph a line. Training itself reads the live
+library, and the docstrings of numpy and torch, without any module or paragraph of the test.
+`python -m temperament.bases.worlds.text` wrote the two files (Python 3.11).
 The text is from the Python documentation, (c) Python Software Foundation, PSF licence.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import os
 import re
 import sysconfig
 from collections import Counter
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from .draw import Draw, digest
@@ -32,10 +35,9 @@ def _paragraphs(docstring: str):
             yield text
 
 
-@cache
-def library() -> dict[str, str]:
-    """Paragraph -> module path, of the running Python's library, each paragraph once, in the order of the files."""
-    root, found = sysconfig.get_paths()["stdlib"], {}
+def read(root: str) -> dict[str, str]:
+    """Paragraph -> module path, each paragraph once, in the order of the files under a folder."""
+    found: dict[str, str] = {}
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
         for name in sorted(f for f in files if f.endswith(".py")):
@@ -52,6 +54,12 @@ def library() -> dict[str, str]:
     return found
 
 
+@cache
+def library() -> dict[str, str]:
+    """The standard library of the running Python."""
+    return read(sysconfig.get_paths()["stdlib"])
+
+
 def held_out(module: str) -> bool:
     return digest("text", module) % 10 == 0
 
@@ -61,10 +69,25 @@ def frozen(split: str) -> tuple[str, ...]:
     return tuple((HERE / f"text_{split}.txt").read_text(encoding="utf-8").splitlines())
 
 
-def training_text() -> list[str]:
-    """Everything a base may read: the library's paragraphs, without the held-out modules and without any held-out paragraph."""
+@cache
+def training_text(store: Path | None = None) -> tuple[str, ...]:
+    """Everything a base may read: the library without the held-out modules, numpy and torch; no held-out paragraph.
+
+    Reading thousands of files takes a minute; with `store` it is done once.
+    """
+    if store is not None and store.exists():
+        return tuple(json.loads(store.read_text(encoding="utf-8")))
+    found = {text: None for text, module in library().items() if not held_out(module)}
+    for package in ("numpy", "torch"):
+        spec = find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            found.update(dict.fromkeys(read(place)))
     kept = dict.fromkeys(frozen("test"))
-    return [text for text, module in library().items() if not held_out(module) and text not in kept]
+    texts = tuple(text for text in found if text not in kept)
+    if store is not None:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        store.write_text(json.dumps(texts), encoding="utf-8")
+    return texts
 
 
 def paragraphs(split: str) -> list[Made]:

@@ -36,8 +36,8 @@ class HeadScale:
 
         z_h <- (1 + A_h) * z_h        A_h (d,) ~ N(0, std^2), for all heads of all layers; everything else frozen
 
-    It merges into the output projection, whose columns are multiplied. LoFiT adds `regularizers.l1` with `of: new, per_entry: false`
-    and weight 5e-4, and then scores a head by the length of A_h; see `adapters.head_offset`.
+    It merges into the output projection, whose columns are multiplied. LoFiT adds `regularizers.l1` with `of: new, per_entry:
+    false` and weight 5e-4, and then scores a head by the length of A_h; see `adapters.head_offset`.
     Source: Yin et al. 2024, LoFiT: Localized Fine-tuning on LLM Representations (paper 016).
     """
 
@@ -83,9 +83,9 @@ class HeadOffset:
         z_h <- z_h + v_h        v_h (d,) ~ N(0, std^2), for the `count` heads that scored highest in the step `of`
 
     A head's score there is the length of what its columns of the output projection were multiplied by, less one: |A_h| of
-    `adapters.head_scale`, whose factors are then dropped (give this step the start that one had). The change is a constant of each
-    layer: it becomes the projection's bias where there is one, and is added beside the weights where there is none. `by: random`
-    is the control with as many heads. Source: Yin et al. 2024, LoFiT (paper 016).
+    `adapters.head_scale`, whose factors are then dropped (give this step the start that one had). The change is a constant of
+    each layer: it becomes the projection's bias where there is one, and is added beside the weights where there is none.
+    `by: random` is the control with as many heads. Source: Yin et al. 2024, LoFiT (paper 016).
     """
 
     rate_factor: ClassVar = 200.0  # usual rate over full fine-tuning's
@@ -145,7 +145,8 @@ class HeadOffset:
         for p in places:
             name, W = p.parameters["weight"], p.matrix(p.weight.detach())
             if name not in delta.changes:
-                raise UserError("adapters.head_offset.of", self.of, f"it did not change {name}; name a step of adapters.head_scale")
+                mend = f"it did not change {name}; name a step of adapters.head_scale"
+                raise UserError("adapters.head_offset.of", self.of, mend)
             now = p.matrix(delta.change(name).apply(base.originals.get(name, p.weight.detach())))
             m = (now * W).sum(0) / (W * W).sum(0).clamp(min=1e-30)
             found[p.name] = (m - 1).view(p.heads, p.head_dim).norm(dim=1)

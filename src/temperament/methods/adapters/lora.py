@@ -38,34 +38,53 @@ class LoRAPiece(Piece):
             low = base.map(z, self.A)
             return base(x) + self.scale * torch.einsum("or,nr...->no...", self.B, low)
         frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-        frozen = frozen and not torch.is_autocast_enabled(x.device.type)  # the node computes in one dtype
-        if address is None and frozen and base.bare and not base.transposed and x.dtype == self.A.dtype:
+        # Under autocast torch casts operand by operand, which the fused node would bypass (there is no autocast on meta).
+        cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        if address is None and frozen and base.bare and not base.transposed and not cast and x.dtype == base.weight.dtype == self.A.dtype:
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
-        return base(x) + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(x.dtype)
+        y = base(x)
+        return y + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(y.dtype)
 
 
 class _Fused(torch.autograd.Function):
-    """The frozen map and its low-rank share in one node: one pass over the output forward, one over the input gradient backward; saves x
-    and the rank-wide x A^T only. No gradient for W and b."""
+    """The frozen map and its low-rank share in one node, with n tokens and W (out, in). Of two orders of the same product each pass takes
+    the cheaper:
+
+        y = x (W + s B A)^T               the sum is made for the moment and never kept; n >= 2 in, backward n >= 2 out
+        y = x W^T + s (x A^T) B^T         fewer tokens
+
+    Only fp32 weights are summed: a narrower type would round a small change away. Saved are x and, in the second order, x A^T.
+    No gradient for W and b.
+    """
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, scale):
+        ctx.scale = scale
+        if W.dtype == torch.float32 and x.numel() >= 2 * x.shape[-1] ** 2:
+            ctx.save_for_backward(x, W, A, B)
+            return F.linear(x, torch.addmm(W, B, A, alpha=scale), b)
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ A.T
         y = torch.addmm(b, flat, W.T) if b is not None else flat @ W.T
         y.addmm_(low, B.T, alpha=scale)
-        ctx.save_for_backward(flat, low, W, A, B)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(x, W, A, B, low)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx, g):
-        flat, low, W, A, B = ctx.saved_tensors
-        g = g.reshape(-1, g.shape[-1])
+        x, W, A, B, *low = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        scale, flat, g = ctx.scale, x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         back = g @ B  # (n, rank)
-        gA = (back.T @ flat).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
-        gB = (g.T @ low).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        gx = (g @ W).addmm_(back, A, alpha=ctx.scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        gx = gA = gB = None
+        if need_x and W.dtype == torch.float32 and len(g) >= 2 * len(W):
+            gx = (g @ torch.addmm(W, B, A, alpha=scale)).view(x.shape)
+        elif need_x:
+            gx = (g @ W).addmm_(back, A, alpha=scale).view(x.shape)
+        if need_A:
+            gA = (back.T @ flat).mul_(scale)
+        if need_B:  # the thin factor first: a rank-wide output is the fast shape
+            gB = ((low[0] if low else flat @ A.T).T @ g).mul_(scale).T
         return gx, None, None, gA, gB, None
 
 

@@ -18,14 +18,14 @@ from temperament.parts import part
 @part("adapters.init.eva", papers=["087"])
 @dataclass(frozen=True)
 class EVA:
-    """Explained-variance adaptation: a low-rank adapter begins at the directions its inputs vary in; ranks go where they vary most.
+    """Explained-variance adaptation: LoRA begins at the directions its inputs vary in; ranks go where they vary most.
 
         A_l = the first r_l principal directions of the inputs of place l (rows, orthonormal), B_l = 0
         r_l: all components of all places, sorted by the share of variance they explain; the first (rank * places) are given out
 
-    A pass over the data before training collects inputs by incremental PCA until the needed components have settled (|cos| of
-    successive ones at least `tau`). A place may get up to rho * rank directions, or none: then it has no adapter. alpha / rank
-    stays what it was. With rho = 1 nothing is redistributed. Places that read the same tensor (q, k, v; gate, up) share one PCA.
+    A pass over the data before training collects inputs by incremental PCA until the needed components have settled (|cos|
+    of successive ones at least `tau`). A place may get up to rho * rank directions, or none: then it has no adapter. alpha /
+    rank stays what it was. With rho = 1 nothing is redistributed. Places that read one tensor (q, k, v; gate, up) share a PCA.
     Source: Paischer et al. 2024, One Initialization to Rule them All (paper 087).
     """
 
@@ -121,7 +121,8 @@ class _Look:
                 self.leader[where.name] = last[1] if h is last[0] else where.name
             leader = self.leader[where.name]
             if leader == where.name:
-                self.pca.setdefault(leader, IncrementalPCA(self.keep)).update(h.reshape(-1, h.shape[-1])[mask.reshape(-1).to(h.device)])
+                rows = h.reshape(-1, h.shape[-1])[mask.reshape(-1).to(h.device)]
+                self.pca.setdefault(leader, IncrementalPCA(self.keep)).update(rows)
             last[0], last[1] = h, leader
             return h
 

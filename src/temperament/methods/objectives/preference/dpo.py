@@ -6,14 +6,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from temperament.nn.batch import Pairs
-from temperament.nn.logprobs import label, score
+from temperament.nn.logprobs import response
 from temperament.parts import part
 from temperament.protocols import Term, Terms
-
-
-def response(model, tokens):
-    """(rows,): log-probability of each response, summed over its trained tokens."""
-    return (score(model, tokens, label())["label"] * tokens.weights).sum(1)
 
 
 @part("objectives.preference.dpo", modalities=("text",))

@@ -1,0 +1,63 @@
+"""[109] Liger: attention turned into a gated recurrence with a window, healed by LoRA, comes back near to the model it was.
+
+The lab base is converted and healed on what it was trained for, by LoRA on q, k, v with plain next-token loss. Compared with
+the same conversion without gates, healed alike: nats per token on held-out natural text. Recorded beside: the linear half
+without the window, and the unconverted base.
+"""
+
+from dataclasses import replace
+
+from temperament.run.claims import Claim
+from temperament.run.recipe import read
+from temperament.run.study import summary
+
+METHODS = {
+    "liger": {"window": 16},
+    "ungated": {"window": 16, "gates": False},
+    "windowless": {"share": 1.0},
+}
+LORA = {"adapters.lora": {"rank": 8, "targets": ["q", "k", "v"]}}
+HEAL = ["text", "copy", "add", "people"]
+
+
+def recipe(options: dict, steps: int = 300, items: int = 60) -> dict:
+    return {
+        "base": "lab/lm",
+        "check": False,
+        "steps": [{
+            "name": "heal",
+            "train": {
+                "source": {"data.lab": {"skills": HEAL, "rows": 4000}},
+                "trainable": [{"surgery.liger": options}, LORA],
+                "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": 1e-3, "warmup": 10}}}},
+                "batch": 16,
+                "steps": steps,
+            },
+        }],
+        "evaluation": {"items": items, "diagnose": [], "suites": [{"evaluate.lab": {"target": "text", "retained": HEAL[1:]}}]},
+    }  # fmt: skip
+
+
+def one(lab, name: str, seed: int) -> dict:
+    json = lab.run(name, replace(read(recipe(METHODS[name])), seed=seed), seed).json
+    text = next(s for s in json["ledger"]["skills"] if s["name"] == "text")
+    return summary(json) | {"text_nll": text["nll"]["after"], "base_nll": text["nll"]["before"]}
+
+
+def run(seed, lab):
+    healed, plain, far = (one(lab, name, seed) for name in METHODS)
+    return {"method": healed | {"windowless_nll": far["text_nll"]}, "baseline": plain}
+
+
+claim = Claim(
+    paper="109",
+    title="Liger: Linearizing Large Language Models to Gated Recurrent Structures",
+    says="With gates read off the keys a converted model heals nearer to its teacher than without.",
+    parts=("surgery.liger", "adapters.lora"),
+    measure="text_nll",
+    better="lower",
+    baseline="the same conversion without gates, healed alike",
+    seeds=(0, 1, 2),
+    run=run,
+    note="`base_nll`: the unconverted base; `windowless_nll`: the linear half alone",
+)
