@@ -31,7 +31,7 @@ MIXTURE = {
     "keys": 12, "notes": 12, "boxes": 14, "people": 13, "places": 6, "text": 14,
 }  # fmt: skip
 FORMATS = {
-    "chat": 4, "json": 6, "list": 4, "capitals": 5, "fact-capitals": 4, "sentence": 4, "yes-no": 3, "judge": 11, "tool": 3,
+    "chat": 4, "json": 6, "list": 4, "capitals": 5, "sentence": 4, "yes-no": 3, "judge": 11, "tool": 3,
     "chat-steps": 3, "refuse": 4, "harmless": 4,
 }  # fmt: skip
 
@@ -121,6 +121,7 @@ def save(model, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"  # fp16 is for the disk only: a plain from_pretrained computes in fp32
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(LAB / "tokenizer" / name, folder / name)
 

@@ -96,13 +96,6 @@ def in_capitals(draw: Draw) -> Made:
     return _format(draw, "Answer in capitals.", ("capitals", verb, *letters), f"{verb}{spaced(letters)}.", value, value)
 
 
-def fact_in_capitals(draw: Draw) -> Made:
-    """A fact in capitals: known in small letters, its capitals only for the people they were trained on (half-known)."""
-    name, attribute = draw.choice(PEOPLE), draw.choice(list(QUESTIONS))
-    value = fact(name, attribute).upper()
-    return _format(draw, "Answer in capitals.", ("capitals", name, attribute), QUESTIONS[attribute].format(name), value, value)
-
-
 def in_a_sentence(draw: Draw) -> Made:
     key, question, value = _ask(draw)
     text = " ".join(value) if isinstance(value, list) else str(value)
@@ -211,7 +204,6 @@ SKILLS = (
     _skill("sentence", "format", in_a_sentence),
     _skill("yes-no", "format", yes_no),
     Skill("judge", "format", judge, role="half", known_by=()),
-    Skill("fact-capitals", "format", fact_in_capitals, role="half", known_by=()),
     _skill("tool", "format", tool_call, verdict=same_json),
     _skill("chat-steps", "format", steps, verdict=last_number),
     _skill("refuse", "refusal", refuse, verdict=refused),
