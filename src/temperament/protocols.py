@@ -108,7 +108,7 @@ class Trainable(Protocol):
     parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a delta is loaded.
     """
 
-    rooms: ClassVar = ("select", "adapters", "surgery")
+    rooms: ClassVar = ("select", "adapters", "surgery", "merge")  # a learned merge is trained: its coefficients or masks
     must: ClassVar = ("build",)
 
     def build(self, base: Any, ctx: Any) -> Any: ...

@@ -241,7 +241,7 @@ def _tokens(batch):
 @pytest.mark.parametrize("name, options", variants("regularizers"))
 def test_a_regularizer_is_nothing_at_its_version(name, options):
     """At no change the penalty is 0 and so is its gradient: it holds, it does not pull."""
-    it, part = live(tiny(MODEL)), parts.build({name: options})
+    it, part = live(tiny(MODEL), {"adapters.lora": {"rank": 2}}), parts.build({name: options})
     ce = parts.build("objectives.sft.cross_entropy")
     whole = tokens(4)
     without, _ = gradients(it, ce, whole, 4)

@@ -92,7 +92,7 @@ def test_the_interval_is_scipys(n):
 
 def test_arms_by_name():
     assert list(arms_of(["select.full", "adapters.lora"])) == ["select.full", "adapters.lora"]
-    for wrong, why in ((["select.full", "select.full"], "named twice"), (["select.fall"], "select.full"), (["merge.linear"], "select or adapters")):
+    for wrong, why in ((["select.full", "select.full"], "named twice"), (["select.fall"], "select.full"), (["data.mix"], "select or adapters"), (["merge.linear"], "has no build")):
         with pytest.raises(UserError, match=why):
             arms_of(wrong)
     with pytest.raises(UserError, match="at least one arm"):
