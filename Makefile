@@ -14,10 +14,14 @@ test: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bases: $(VENV)/.test
-	$(BIN)/python -m temperament.bases.train_lm all
+	$(BIN)/python -m temperament.bases.train_lm tokenizer
+	for base in lm lm-small lm-instruct; do \
+	  $(BIN)/python -m temperament.bases.train_lm $$base --work runs/bases --resume && \
+	  $(BIN)/python -m temperament.bases.install_lm $$base --work runs/bases \
+	    $$([ $$base = lm ] && echo --version early=early --version half=half) || exit 1; done
 
 claims: $(VENV)/.test
-	$(BIN)/temper claim --all
+	for id in $$(ls claims | grep -o "^[0-9]*"); do $(BIN)/temper claim $$id || exit 1; done
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
