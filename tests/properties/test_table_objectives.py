@@ -247,7 +247,9 @@ def test_a_regularizer_is_nothing_at_its_version(name, options):
     without, _ = gradients(it, ce, whole, 4)
     held, got = gradients(it, ce, whole, 4, [part])
     own = [n for n in got.terms if n != "nll"]
-    assert (own or name == "regularizers.l1") and all(abs(got.terms[n]) < 1e-6 for n in own)  # l1 has no weights to hold here
+    if name == "regularizers.l1":
+        return  # it holds weights, of which a LoRA has none, or shrinks new tensors: tested in tests/methods
+    assert own and all(abs(got.terms[n]) < 1e-6 for n in own)
     assert close(without, held, 1e-5)
 
 
