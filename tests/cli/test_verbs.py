@@ -106,7 +106,7 @@ def test_equal_recipe_and_seed_give_an_equal_digest(run, folder, capsys):
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_bits(folder, capsys):
-    path = recipe(folder, steps=60)
+    path = recipe(folder, steps=400)
     whole = spoken(capsys, "tune", path, "--out", folder / "whole", "--quiet")
     broken = subprocess.Popen(
         [sys.executable, "-m", "temperament.cli", "tune", str(path), "--out", str(folder / "broken")],
@@ -117,7 +117,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(folder, capsys):
     limit = time.monotonic() + 120
     while not (log.exists() or broken.poll() is not None) and time.monotonic() < limit:
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(0.2)
     broken.send_signal(signal.SIGINT)
     _, err = broken.communicate(timeout=120)
     recipe(folder)  # the fixture's
