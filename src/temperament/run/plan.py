@@ -3,8 +3,8 @@
     plan(recipe, base)            base: loaded, or `shapes(recipe)` - its configuration alone, no weights
 
     memory    weights + what they were (to go back to) + gradients + optimizer + activations of the largest micro-batch, as
-              the loop itself allocates them on tensors without storage (dry.py); for a process on the CPU its libraries come on top, and
-              what its allocator keeps, seen in one dry step
+              the loop itself allocates them on tensors without storage (dry.py); for a process on the CPU its libraries come
+              on top, and what its allocator keeps, seen in one dry step
     time      one dry step of the run's own rows, timed, times the steps; without weights, multiplications over measured speed
     disk      checkpoints kept + the change
     floor     what no program could do without: weights, gradients and optimizer state of what is trained; the multiplications
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from temperament.bases.load import Base
 from temperament.errors import TemperError
 from temperament.nn.batch import Batch, Rollout, Tokens
+from temperament.nn.context import checkpointing
 from temperament.parts import walk
 from temperament.protocols import Progress
 from temperament.run.check import online, untouched
@@ -204,8 +205,6 @@ def players_on(
     base: Base, spec: Train, recipe: Recipe, world: World, scratch: str
 ) -> Iterator[tuple[list[Player], Context, Shapes]]:
     """The players of a step on a base of shapes, every byte counted."""
-    from temperament.nn.context import checkpointing
-
     ctx = Context(
         base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
     )
@@ -316,14 +315,16 @@ def generation(spec: Train, base: Base, ctx: Context) -> int:
 
 def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str, Any]) -> dict[str, Any]:
     """Seconds, from one dry step of the real model and rows; nothing is kept. verified_bytes: the most its tensors took, to
-    hold against the predicted total less the optimizer. memory.allocator: what the process grew beyond its tensors (on a CPU, malloc
-    keeps freed blocks for later; up to as much again)."""
+    hold against the predicted total less the optimizer. memory.allocator: what the process grew beyond its tensors (on a CPU,
+    malloc keeps freed blocks for later; up to as much again)."""
     spec = step.train
     with untouched(base), tempfile.TemporaryDirectory() as scratch:
         ctx = Context(
             base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
         )
         for component in base.components.values():
+            if spec.checkpointing:
+                checkpointing(component)
             quiet_training(component)
         players = build_players(replace(spec, optimizer=NoStep()), ctx, prepare=False)
         try:
@@ -350,6 +351,9 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
         finally:
             for player in players:
                 player.live.close()
+            for component in base.components.values():
+                if spec.checkpointing:
+                    checkpointing(component, enabled=False)
     micros = -(-spec.batch // spec.micro) / world.size
     # The longest rows were timed; the mean row costs its share of tokens.
     mean = found["tokens"] / max(found["steps"], 1) / spec.batch
