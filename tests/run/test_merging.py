@@ -199,7 +199,7 @@ def test_refusals_before_anything_is_written(lab, tmp_path):
         (lambda: merge([str(a)], out, base=str(base), dtype="fp8"), "dtype"),
         (lambda: merge(yml(merge_method="tise"), out), "did you mean 'ties'"),
         (lambda: merge(yml(parameters={"densty": 1}), out), "densty.*did you mean 'density'"),
-        (lambda: merge(yml(modles=[]), out), "did you mean 'models'"),
+        (lambda: merge(yml(modles=[]), out), "'modules' or 'models'"),
         (lambda: merge(yml(dtype="float23"), out), "did you mean 'float32'"),
         (lambda: merge(yml(base_model=None), out), "base_model"),
         (lambda: merge(yml(slices=[]) | {"models": None}, out), "give models, or slices"),
