@@ -103,12 +103,19 @@ print(loaded - begin, time.perf_counter() - loaded)
 """
 
 
+# of this process alone: ru_maxrss would begin with what the parent held when it started us
+PEAK = """
+with open("/proc/self/status") as status:
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+
 def measure(python: str, code: str, path: Path, out: Path, threads: int) -> dict[str, float]:
     """Seconds of imports and of the merge, CPU seconds, and the peak resident memory of the process."""
     shutil.rmtree(out, ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = dict(os.environ)
-    watch = f"import resource\n{code}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    watch = f"{code}\n{PEAK}"
     run = subprocess.run([python, "-c", watch, str(path), str(out), str(threads)], capture_output=True, text=True, env=env)
     if run.returncode:
         raise SystemExit(run.stderr[-2000:])

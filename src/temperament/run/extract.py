@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from temperament.delta import Change, Delta, Dense, Replace, Rice, Sparse, between, identity
+from temperament.delta import Change, Delta, Dense, LowRank, Replace, Rice, Sparse, between, identity
 from temperament.delta.lowrank import truncated
 from temperament.errors import UserError, nearest
 from temperament.run.merge_inputs import Input, open_input
+from temperament.run.vocabulary import is_vocabulary
 
 KINDS = ("low_rank", "sparse", "ternary")
 
@@ -64,6 +65,9 @@ def extract(
         if norm == 0:
             continue
         changes[name] = change = make(difference)
+        if isinstance(change, LowRank) and is_vocabulary(name) and not name.endswith("lm_head.weight"):
+            # an embedding is looked up, not multiplied: adapters hold its factors the other way round
+            changes[name] = change = LowRank(change.B.T.contiguous(), change.A.T.contiguous(), "embedding", scale=change.scale)
         off = float((change.delta().double().view(difference.shape) - difference.double()).norm())
         squares, left = squares + norm**2, left + off**2
         row = {"name": name.split("/", 1)[1], "error": off / norm, "bytes": change.bytes, "norm": norm}
