@@ -1,4 +1,4 @@
-"""Tokens a second of `engine.tokens.generate` beside transformers' own `generate`: the 1.8 M lab model, batches of 64, no early end."""
+"""Tokens a second of `engine.tokens.generate` beside transformers' own: the 1.8 M lab model, batches of 64, no early end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A GRPO step of the 1.8 M lab model: 8 prompts, 8 completions each, 24 tokens every one, a rule that scores them; sampling, scoring, loss,
-backward and AdamW. Beside trl's GRPOTrainer, and beside the parts it is made of: generation alone, and one forward and backward."""
+"""A GRPO step of the 1.8 M lab model: 8 prompts, 8 completions each, 24 tokens every one, a rule that scores them; sampling,
+scoring, loss, backward and AdamW. Beside trl's GRPOTrainer, and beside the parts it is made of: generation alone, and one
+forward and backward."""
 
 from __future__ import annotations
 

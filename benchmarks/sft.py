@@ -1,5 +1,6 @@
-"""Supervised steps a second: the 1.8 M lab model, 32 rows of about 10 tokens, full fine-tuning with AdamW. Through our loop with its record
-written as a run writes it, through the whole of `tune` (ledger, log, progress), through trl's SFTTrainer, and through a bare loop."""
+"""Supervised steps a second: the 1.8 M lab model, 32 rows of about 10 tokens, full fine-tuning with AdamW. Through our loop
+with its record written as a run writes it, through the whole of `tune` (ledger, log, progress), through trl's SFTTrainer,
+and through a bare loop."""
 
 from __future__ import annotations
 
@@ -134,7 +135,7 @@ def whole(folder: Path) -> Callable[[], Lap]:
 
 
 def bare() -> Callable[[], Lap]:
-    """What a careful person writes by hand: batches ready-made, padding masked out of the loss, clipping, AdamW, the loss looked at."""
+    """By hand: ready-made batches, prompts masked out of the loss, clipping, AdamW, the loss read."""
     model, made = lab().train(), encoded(lab_tokenizer())
     params = list(model.parameters())
     stepper = torch.optim.AdamW(params, lr=1e-5, fused=True)

@@ -1,13 +1,13 @@
 """Side by side: contenders take turns, round by round, in one process; what is quoted is the median over rounds.
 
     laps = interleave({"floor": f, "temperament": ours, "peft": theirs}, rounds=15)
-    result = Result("lora", "LoRA step", "ms a step", lower=True)
+    result = Result("lora", "LoRA step", "setting in a sentence", "ms")
     result.add("d=128", laps)                          median, min, max, CPU time, ratio to the floor
-    result.promise("excess ...", value, at_most=0.5)   what the project says it holds; printed, never asserted
+    result.promise("excess ...", x, at_most=0.5)       what the project says it holds; printed, never asserted
 
-A contender is a function that does its work once and returns None (its wall and CPU time are taken here), or a `Lap` it timed itself
-(when only a part of what it does counts). Turns go forward in one round and backward in the next, so that drift of the machine's
-speed falls on all alike; ratios are medians of the ratios within a round.
+A contender is a function that does its work once and returns None (its wall and CPU time are taken here), or a `Lap` it
+timed itself (when only a part of what it does counts). Turns go forward in one round and backward in the next, so that
+drift of the machine's speed falls on all alike; ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How soon the command says something: `temper --help`, and `import temperament`, as whole processes beside the bare interpreter."""
+"""How soon the command says something: `temper --help`, and `import temperament`, as whole processes beside the bare
+interpreter."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A full training step - forward, loss, backward, clip to 1, AdamW, gradients cleared - ours through the library's own loop, and the
-plain one that others' adapters are trained with. All positions are trained; rows are equally long."""
+"""A full training step - forward, loss, backward, clip to 1, AdamW, gradients cleared - ours through the library's own loop,
+and the plain one that others' adapters are trained with. All positions are trained; rows are equally long."""
 
 from __future__ import annotations
 
