@@ -101,6 +101,7 @@ def test_arms_by_name():
 
 def test_carried_out_once_and_read_from_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TEMPERAMENT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("temperament.run.plan.plan", lambda recipe, base: {})
     study, recipe, told = compare(half=("select.half", []), lora=({"adapters.lora": {"rank": 2}}, [1e-3, 2e-3]), seeds=[seed()]), read(RECIPE), []
     finding = carry_out(study, recipe, tmp_path / "s", lambda event, **data: told.append(event))
     assert told.count("arm-done") == 3 and [a["name"] for a in finding["finding"]["arms"]] == ["half", "lora"]

@@ -26,8 +26,11 @@ def base():
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def light(tmp_path_factory, monkeypatch):
+    """A cache of our own; no plan (a dry run that its own tests cover) and no waiting for the disk."""
     monkeypatch.setenv("TEMPERAMENT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr("temperament.run.plan.plan", lambda recipe, base: {})
+    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 def lab(skill="shift", rows=16, **more):
