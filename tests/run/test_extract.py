@@ -30,7 +30,6 @@ def off(base, tuned, got):
     {"kind": "low_rank", "rank": 4}, {"kind": "low_rank", "error": 0.3}, {"kind": "sparse", "density": 0.1},
     {"kind": "sparse", "error": 0.2}, {"kind": "ternary"}, {"kind": "ternary", "density": 0.2}, {"kind": "ternary", "error": 0.6},
 ])  # fmt: skip
-@pytest.mark.xfail(reason="fails since merges read bases at their stored precision; to be mended", strict=False)
 def test_error_and_size_are_as_stated(pair, tmp_path, options):
     base, tuned = map(str, pair)
     done = extract(base, tuned, tmp_path / "out", **options)
@@ -45,7 +44,6 @@ def test_error_and_size_are_as_stated(pair, tmp_path, options):
         assert all(c.rank <= 4 for c in delta.changes.values() if isinstance(c, LowRank))
 
 
-@pytest.mark.xfail(reason="fails since merges read bases at their stored precision; to be mended", strict=False)
 def test_full_rank_is_exact_and_peft_reads_it(pair, tmp_path):
     import peft
     from transformers import AutoModelForCausalLM
