@@ -115,7 +115,8 @@ class Objective(Protocol):
     """What is optimised. `batch`: the kinds of batch it takes ("Tokens", "Pairs", ...). `needs`: versions it reads
     ("start", "base", "previous", "ema"), provided before the first step.
 
-    Optional: `prepare(whole, views) -> whole`. A *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows,
+    Optional: `prepare(whole, views) -> whole`, once; what it fills into the batch the players after it see. `updates(whole, views) ->
+    wholes`: the optimizer steps taken on one prepared batch (epochs and mini-batches of a rollout); default one. A *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows,
     ...) tensor` and `couple(all statistics) -> Terms` instead of `loss`: the loop runs two passes, exact under any split.
     """
 

@@ -34,7 +34,7 @@ from temperament.run.layouts import few, token_fields
 from temperament.run.recipe import Recipe, Step, Train
 from temperament.run.training import NOISE, build_players, quiet_training, steps_of
 from temperament.train.context import Context
-from temperament.train.loop import Player
+from temperament.train.loop import Player, prepared
 from temperament.train.world import World
 
 ROWS = 4  # rows a law is measured on
@@ -104,7 +104,7 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
                         continue
                     kinds.add((player.name, kind))
                     found += list(
-                        _player_laws(player, objective, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec)
+                        _player_laws(player, players, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec)
                     )
         finally:
             for player in players:
@@ -116,7 +116,7 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
 
 def _player_laws(
     player: Player,
-    objective: Any,
+    players: list[Player],
     batch: Batch,
     ties: list,
     before: Any,
@@ -125,16 +125,20 @@ def _player_laws(
     seed: int,
     spec: Train,
 ) -> Iterator[Law]:
-    packs = any(t.packed for t in token_fields(batch))
-    rows = few(batch, ROWS)
+    packs, kind = any(t.packed for t in token_fields(batch)), type(batch).__name__
+    rows, objective = few(batch, ROWS), player.objectives[kind]
     if isinstance(rows, Rollout):  # rewards that are all alike would teach nothing: a law needs a gradient
         rows = replace(rows, rewards=torch.arange(len(rows)) % 2 * 1.0, group=torch.zeros(len(rows), dtype=torch.long))
+    for earlier in players[: players.index(player)]:  # what their objectives fill into a batch, this one may read
+        if kind in earlier.objectives:
+            with earlier.live.at("live"):
+                prepared(earlier, earlier.objectives[kind], rows, Progress(0, 1))
     declared = [d for p in (objective, *player.regularizers) for d in getattr(p, "part_declares", ())]
     split = coupled or next(
         (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
     )
     tokens = next(iter(token_fields(rows)), None)
-    with laws.perturbed(player, seed):
+    with laws.perturbed(player, seed), player.live.at("live"):
         yield from laws.gradient_laws(player, objective, rows, tolerance, packs, split)
         if spec.checkpointing:
             yield _recomputed(player, objective, rows, tolerance)

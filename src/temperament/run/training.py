@@ -25,7 +25,7 @@ from temperament.run.artefacts import Folder
 from temperament.run.recipe import Train
 from temperament.train import checkpoint
 from temperament.train.context import Context
-from temperament.train.live import Live
+from temperament.train.live import Live, twins
 from temperament.train.loop import Player, Views, train
 
 
@@ -56,19 +56,27 @@ def quiet_training(component: nn.Module) -> None:
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
     """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
-    live = Live(ctx.base, [t.build(ctx.base, ctx) for t in spec.trainable])
+    company: list[Live] = []
+    live = Live(ctx.base, [t.build(ctx.base, ctx) for t in spec.trainable], company)
     if not live.params:
         raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
     for part, trained in zip(spec.trainable, live.parts, strict=True):
         if prepare and hasattr(part, "prepare"):
             part.prepare(live, trained, ctx)
-    others: dict[str, Live] = {}
+    others: dict[str, Live] = {"policy": live}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
     ctx.live, ctx.views = live, views
     objectives = spec.objective if isinstance(spec.objective, dict) else dict.fromkeys(spec.objective.batch, spec.objective)
-    players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx)]
+    players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx, spec.ema)]
     for name, more in spec.players.items():
-        own = Live(ctx.base, [t.build(ctx.base, ctx) for t in more.trainable]) if more.trainable else live
+        if name in others:
+            raise UserError("train.players", name, "the main player is called so; give this one another name")
+        if more.on not in (*others, "start"):
+            raise UserError(f"train.players.{name}.on", more.on, f"give start, or a player before it: {', '.join(others)}")
+        own = live
+        if more.trainable:
+            with twins(ctx.base):
+                own = Live(ctx.base, [t.build(ctx.base, ctx) for t in more.trainable], company, others.get(more.on))
         others[name] = own
         its = _player(name, own, more.optimizer, more.objective, more.regularizers, Views(own, ctx.world, spec.micro, ctx.seed, others), spec, ctx)
         its.every, its.from_step = more.every, more.from_step
@@ -76,10 +84,10 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
     return players
 
 
-def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context) -> Player:
+def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context, ema: float | None = None) -> Player:
     needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
-    player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
+    player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=ema)
     if "start" in needs and any(part.pieces for part in live.parts) and any(not _zero(p) for part in live.parts for _, p in part.pieces.values()):
         live.mark("start")
     if "ema" in needs and spec.ema is None:
@@ -169,6 +177,8 @@ def run_train(
             except BaseException:
                 with contextlib.suppress(Exception):
                     flush()
+                for player in players:  # whoever goes on with this base in this process finds nothing left on it
+                    player.live.close()
                 raise
     live = players[0].live
     for component in ctx.base.components.values():
@@ -207,12 +217,18 @@ def listening():
 def _save(place: Path, done: int, players: list[Player], stream: Any, memory: dict, keep: int) -> None:
     tensors, rest = {}, {}
     for p in players:
-        tensors[f"{p.name}.live"] = p.live.state_dict()
+        if p.name in owners(players):
+            tensors[f"{p.name}.live"] = p.live.state_dict()
         tensors[f"{p.name}.optimizer"], rest[p.name] = checkpoint.flatten_optimizer(p.stepper)
     source = stream.state_dict() if hasattr(stream, "state_dict") else {}
     if source.get("tensors"):
         tensors["source"] = source["tensors"]
     checkpoint.save(place, done, tensors, {**memory, "optimizers": rest, "source": source.get("json")}, keep)
+
+
+def owners(players: list[Player]) -> list[str]:
+    """The players that have a trainable of their own; the others share one of these."""
+    return [p.name for i, p in enumerate(players) if all(p.live is not q.live for q in players[:i])]
 
 
 def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Callable) -> tuple[int, dict[str, Any]]:
@@ -223,7 +239,8 @@ def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Ca
     for why in state["damaged"]:
         tell("note", text=f"checkpoint passed over: {why}")
     for p in players:
-        p.live.load_state_dict(tensors[f"{p.name}.live"])
+        if p.name in owners(players):
+            p.live.load_state_dict(tensors[f"{p.name}.live"])
         checkpoint.unflatten_optimizer(p.stepper, tensors[f"{p.name}.optimizer"], state["optimizers"][p.name])
     if state.get("source") is not None or "source" in tensors:
         stream.load_state_dict({"tensors": tensors.get("source", {}), "json": state.get("source")})
