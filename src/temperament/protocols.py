@@ -204,7 +204,10 @@ class Shape(Protocol):
 
 
 class Decode(Protocol):
-    """Hooks on the generation loop (engine/tokens.py): `hooks(ctx) -> objects with logits / on_token / stop`."""
+    """What belongs to answering beside the weights: `hooks(base) -> objects with logits / on_token / stop` on the generation loop
+    (engine/tokens.py). Optional: `models(base) -> {name: model}`, decoded in lockstep with the subject, which is called "model";
+    `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`, the prompt and the
+    output in another form and the way back: hear(tell(a)) = a."""
 
     rooms: ClassVar = ("decode",)
     must: ClassVar = ("hooks",)

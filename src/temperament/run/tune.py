@@ -77,8 +77,7 @@ class Skills:
         return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
 
     def system(self, model: Any = None, reference: bool = True) -> System:
-        hooks = [h for part in self.recipe.inference for h in part.hooks(self.base)]
-        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, reference, model)
+        return System(self.base, self.recipe.inference, self.recipe.evaluation.batch, self.recipe.seed, reference, model)
 
     def measure(self, path: Path, key: str, tell: Tell) -> tuple[dict[str, SkillResult], bool]:
         """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they?"""
