@@ -68,14 +68,14 @@ def close(some):
 
 
 def test_no_reward_and_an_exact_critic_teach_nothing():
-    policy, critic = both = players(ppo=PPO(beta=0.0))
+    policy, _ = both = players(ppo=PPO(beta=0.0))
     got, loss = laws.gradient(policy, policy.objectives["Rollout"], rollout(policy.live.model, zero=True), 2)
     assert laws.norm(got) == 0 and loss == 0
     close(both)
 
 
 def test_at_the_start_the_price_is_zero_and_clipping_changes_nothing():
-    policy, critic = both = players(ppo=PPO(beta=0.5, gamma=1.0))
+    policy, _ = both = players(ppo=PPO(beta=0.5, gamma=1.0))
     batch = rollout(policy.live.model)
     whole = prepared(policy, policy.objectives["Rollout"], batch.select(range(4)), Progress(0, 1))
     w = whole.tokens.weights
@@ -127,7 +127,7 @@ def test_two_players_on_one_base_leave_each_other_alone(main, own, on):
 
 
 def test_several_updates_on_one_rollout_prepare_it_once():
-    policy, critic = both = players(ppo=PPO(epochs=3, minibatches=2, beta=0.1))
+    policy, _ = both = players(ppo=PPO(epochs=3, minibatches=2, beta=0.1))
     rows, asked = [], []
 
     class Once:
