@@ -235,7 +235,8 @@ class Study(Protocol):
 
 
 class Aide(Protocol):
-    """A frozen helper by role: `ask(requests) -> answers`, cached by content."""
+    """A frozen helper by role: `ask(requests) -> answers`. A judge is asked {"prompt", "answer", "output", "row"}: is the output as good
+    as the answer? -> bool."""
 
     rooms: ClassVar = ("aides",)
     must: ClassVar = ("ask", "role")

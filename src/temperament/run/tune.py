@@ -236,7 +236,7 @@ class _Tuning:
             return self.rounds(step, start)
         self.tell("phase", name=step.name, text=step.kind)
         spec = getattr(step, step.kind)
-        key = address(step.kind, made_of(spec) if spec is not True else [], start.key, self.recipe.seed, round, self.inputs(step, spec))
+        key = address(step.kind, made_of(spec) if spec is not True else [], start.key, self.recipe.seed, round, self.inputs(step, spec), *self.asked())
         artefact = self.folder.finished(step.name, key)
         before = time.perf_counter()
         done = getattr(self, f"do_{step.kind}")(step, spec, start, key, round, artefact)
@@ -262,6 +262,10 @@ class _Tuning:
         return {k: artefact[k] for k in ("steps", "tokens", "stopped", "rows") if k in artefact}
 
     last_artefact: dict[str, dict] = {}
+
+    def asked(self) -> list[Any]:
+        """The aides: another judge makes other rows."""
+        return [parts.plain(dict(self.recipe.aides))] if self.recipe.aides else []
 
     def inputs(self, step: schema.Step, spec: Any) -> list[str]:
         """Addresses of the other artefacts a step reads."""
