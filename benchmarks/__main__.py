@@ -1,8 +1,8 @@
 """All benchmarks, or some: each contender beside its peer, in turns, in one run.
 
-    python -m benchmarks                        all, results written to benchmarks/results/
-    python -m benchmarks lora sft               these
-    python -m benchmarks --quick --no-write     do they run?
+python -m benchmarks                        all, results written to benchmarks/results/
+python -m benchmarks lora sft               these
+python -m benchmarks --quick --no-write     do they run?
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ NAMES = ("start", "generation", "sft", "lora", "full", "grpo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)}; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=0, help="counted rounds of each; default: its own number")

@@ -61,7 +61,9 @@ def ours() -> tuple[Callable[[], Lap], Callable[[], Lap], Callable[[], Lap]]:
     ctx = Context(base, world, SEED, batch=rows, micro=rows)
     live = Live(base, [Full().build(base, ctx)])
     ctx.live, ctx.views = live, Views(live, world, rows, SEED)
-    player = Player("policy", live, optimizer, optimizer.build(list(live.params.values()), ctx), {"Rollout": GRPO()}, [], ctx.views)
+    player = Player(
+        "policy", live, optimizer, optimizer.build(list(live.params.values()), ctx), {"Rollout": GRPO()}, [], ctx.views
+    )
     stream = Sample(Questions(), [Marks()], group=GROUP, max_new=NEW, min_new=NEW).open(ctx)
     done = 0
 
@@ -114,13 +116,34 @@ def trl(folder: Path) -> Callable[[], Lap]:
             elif state.global_step == STEPS:
                 watch.stop()
 
-    config = GRPOConfig(str(folder), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=NEW, max_steps=STEPS,
-                        generation_kwargs={"min_new_tokens": NEW}, temperature=1.0, beta=0.0, learning_rate=1e-6, lr_scheduler_type="constant",
-                        report_to="none", save_strategy="no", logging_steps=10, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                        disable_tqdm=True, seed=SEED)  # fmt: skip
-    trainer = GRPOTrainer(lab(), lambda completions, **_: [mark(c) for c in completions], config,
-                          train_dataset=Dataset.from_list([{"prompt": p} for p in prompts()]), processing_class=lab_tokenizer(),
-                          callbacks=[Time()])  # fmt: skip
+    config = GRPOConfig(
+        str(folder),
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=NEW,
+        max_steps=STEPS,
+        generation_kwargs={"min_new_tokens": NEW},
+        temperature=1.0,
+        beta=0.0,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    trainer = GRPOTrainer(
+        lab(),
+        lambda completions, **_: [mark(c) for c in completions],
+        config,
+        train_dataset=Dataset.from_list([{"prompt": p} for p in prompts()]),
+        processing_class=lab_tokenizer(),
+        callbacks=[Time()],
+    )
     trainer.log = lambda *_, **__: None
 
     def lap() -> Lap:
@@ -132,8 +155,12 @@ def trl(folder: Path) -> Callable[[], Lap]:
 
 def run(options: Options) -> Result:
     torch.manual_seed(SEED)
-    result = Result("grpo", "GRPO step", f"The 1.8 M lab model, {PROMPTS} prompts x {GROUP} completions x {NEW} tokens, all weights, fp32, no "
-                    "reference.", "ms")  # fmt: skip
+    result = Result(
+        "grpo",
+        "GRPO step",
+        f"The 1.8 M lab model, {PROMPTS} prompts x {GROUP} completions x {NEW} tokens, all weights, fp32, no reference.",
+        "ms",
+    )
     step, source, update = ours()
     with tempfile.TemporaryDirectory() as folder:
         contenders = {"temperament": step, "of it, sampling": source, "of it, the update": update, "trl": trl(Path(folder))}

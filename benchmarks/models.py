@@ -14,9 +14,17 @@ SIZES = {"d=128, 4 layers": (128, 4), "d=256, 6 layers": (256, 6), "d=512, 8 lay
 
 def llama(width: int, layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32, num_hidden_layers=layers,
-                         num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=512,
-                         tie_word_embeddings=True, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
     return LlamaForCausalLM(config)
 
 

@@ -48,8 +48,15 @@ def ours(log: Path) -> Callable[[], Lap]:
     base.model.train()
     ctx = Context(base, world, batch=ROWS, micro=ROWS)
     live = Live(base, [Full().build(base, ctx)])
-    player = Player("policy", live, optimizer, optimizer.build(list(live.params.values()), ctx), {"Tokens": CrossEntropy()}, [],
-                    Views(live, world, ROWS, SEED))  # fmt: skip
+    player = Player(
+        "policy",
+        live,
+        optimizer,
+        optimizer.build(list(live.params.values()), ctx),
+        {"Tokens": CrossEntropy()},
+        [],
+        Views(live, world, ROWS, SEED),
+    )
     stream = Stream(encoded(base.tokenizer), ROWS, SEED)
     file, done = open(log, "a", buffering=1 << 16), 0  # noqa: SIM115 - open as long as the benchmark
 
@@ -87,12 +94,23 @@ def whole(folder: Path) -> Callable[[], Lap]:
     data, base = folder / "sums.jsonl", base_of(lab(), lab_tokenizer())
     data.write_text("".join(json.dumps(r) + "\n" for r in rows()))
     recipe = {
-        "base": "lab/lm", "check": False, "seed": SEED,
-        "steps": [{"name": "sft", "train": {
-            "source": {"data.file": {"path": str(data), "holdout": 64}}, "batch": ROWS, "micro": ROWS, "steps": STEPS,
-            "optimizer": {"optim.adamw": {"lr": 1e-5}}}}],
+        "base": "lab/lm",
+        "check": False,
+        "seed": SEED,
+        "steps": [
+            {
+                "name": "sft",
+                "train": {
+                    "source": {"data.file": {"path": str(data), "holdout": 64}},
+                    "batch": ROWS,
+                    "micro": ROWS,
+                    "steps": STEPS,
+                    "optimizer": {"optim.adamw": {"lr": 1e-5}},
+                },
+            }
+        ],
         "evaluation": {"items": 32, "dial": None, "diagnose": []},
-    }  # fmt: skip
+    }
     turn = 0
 
     def lap() -> Lap:
@@ -164,10 +182,25 @@ def trl(folder: Path) -> Callable[[], Lap]:
             if state.global_step == STEPS:
                 watch.stop()
 
-    config = SFTConfig(str(folder / "trl"), per_device_train_batch_size=ROWS, max_steps=STEPS, learning_rate=1e-5, lr_scheduler_type="constant",
-                       report_to="none", save_strategy="no", logging_steps=10, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                       disable_tqdm=True, seed=SEED, max_grad_norm=1.0)  # fmt: skip
-    trainer = SFTTrainer(lab(), config, train_dataset=Dataset.from_list(rows()), processing_class=lab_tokenizer(), callbacks=[Time()])
+    config = SFTConfig(
+        str(folder / "trl"),
+        per_device_train_batch_size=ROWS,
+        max_steps=STEPS,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        seed=SEED,
+        max_grad_norm=1.0,
+    )
+    trainer = SFTTrainer(
+        lab(), config, train_dataset=Dataset.from_list(rows()), processing_class=lab_tokenizer(), callbacks=[Time()]
+    )
     trainer.log = lambda *_, **__: None  # its figures are computed; only their printing is left out
 
     def lap() -> Lap:
@@ -178,11 +211,21 @@ def trl(folder: Path) -> Callable[[], Lap]:
 
 
 def run(options: Options) -> Result:
-    result = Result("sft", "Supervised fine-tuning, steps a second", f"The 1.8 M lab model, {ROWS} rows of 8 to 10 tokens, all weights, fp32, "
-                    "AdamW.", "steps/s", rate=True)  # fmt: skip
+    result = Result(
+        "sft",
+        "Supervised fine-tuning, steps a second",
+        f"The 1.8 M lab model, {ROWS} rows of 8 to 10 tokens, all weights, fp32, AdamW.",
+        "steps/s",
+        rate=True,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        contenders = {"temperament, the loop": ours(folder / "log.jsonl"), "temperament, tune": whole(folder), "trl": trl(folder), "bare loop": bare()}
+        contenders = {
+            "temperament, the loop": ours(folder / "log.jsonl"),
+            "temperament, tune": whole(folder),
+            "trl": trl(folder),
+            "bare loop": bare(),
+        }
         laps = interleave(contenders, options.turns(7), warm=1)
     result.add("32 x 10 tokens", laps)
     speed = {name: statistics.median(x.units / x.wall for x in of) for name, of in laps.items()}

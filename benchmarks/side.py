@@ -106,9 +106,18 @@ class Result:
         for name, of in laps.items():
             shown = [x.units / x.wall if self.rate else 1e3 * x.wall / x.units for x in of]
             cpu = [x.units / x.cpu if self.rate else 1e3 * x.cpu / x.units for x in of if x.cpu]
-            row = {"setting": setting, "who": name, "median": statistics.median(shown), "min": min(shown), "max": max(shown), "rounds": len(of),
-                   "cpu": statistics.median(cpu) if cpu else None, "best_cpu": (max if self.rate else min)(cpu) if cpu else None,
-                   "over_floor": ratio(of, laps[floor]) if floor else None, "note": note}  # fmt: skip
+            row = {
+                "setting": setting,
+                "who": name,
+                "median": statistics.median(shown),
+                "min": min(shown),
+                "max": max(shown),
+                "rounds": len(of),
+                "cpu": statistics.median(cpu) if cpu else None,
+                "best_cpu": (max if self.rate else min)(cpu) if cpu else None,
+                "over_floor": ratio(of, laps[floor]) if floor else None,
+                "note": note,
+            }
             self.rows.append(row)
 
     def promise(self, what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
@@ -116,8 +125,16 @@ class Result:
         self.promises.append({"what": what, "value": value, "at_most": at_most, "at_least": at_least, "holds": holds})
 
     def json(self, options: Options) -> dict[str, Any]:
-        return {"name": self.name, "title": self.title, "what": self.what, "unit": self.unit, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "machine": machine(options.threads), "rows": self.rows, "promises": self.promises}  # fmt: skip
+        return {
+            "name": self.name,
+            "title": self.title,
+            "what": self.what,
+            "unit": self.unit,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": machine(options.threads),
+            "rows": self.rows,
+            "promises": self.promises,
+        }
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -127,7 +144,13 @@ def machine(threads: int) -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"processor": _processor(), "threads": threads, "python": platform.python_version(), "system": platform.system(), "packages": found}
+    return {
+        "processor": _processor(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "packages": found,
+    }
 
 
 def _processor() -> str:
@@ -147,8 +170,14 @@ def table(results: list[dict[str, Any]]) -> str:
     for r in results:
         m = r["machine"]
         packages = ", ".join(f"{k} {v}" for k, v in m["packages"].items())
-        out += [f"### {r['title']}", "", f"{r['what']} {m['processor']}, {m['threads']} threads; {packages}; {r['date']}.", "",
-                f"| setting | who | median {r['unit']} | min | max | CPU | x floor |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+        out += [
+            f"### {r['title']}",
+            "",
+            f"{r['what']} {m['processor']}, {m['threads']} threads; {packages}; {r['date']}.",
+            "",
+            f"| setting | who | median {r['unit']} | min | max | CPU | x floor |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for row in r["rows"]:
             over = "" if row["over_floor"] is None else f"{row['over_floor']:.2f}"
             cells = [row["setting"], row["who"], *(_number(row[k]) for k in ("median", "min", "max", "cpu")), over]

@@ -66,8 +66,15 @@ def ours(model: torch.nn.Module, ids: torch.Tensor, trainable: Any) -> Callable[
     ctx = Context(base, world, batch=len(ids), micro=len(ids))
     live = Live(base, [trainable.build(base, ctx)])
     optimizer = AdamW(lr=RATE)
-    player = Player("policy", live, optimizer, optimizer.build(list(live.params.values()), ctx), {"Tokens": CrossEntropy()}, [],
-                    Views(live, world, len(ids), 0))  # fmt: skip
+    player = Player(
+        "policy",
+        live,
+        optimizer,
+        optimizer.build(list(live.params.values()), ctx),
+        {"Tokens": CrossEntropy()},
+        [],
+        Views(live, world, len(ids), 0),
+    )
     weights = torch.ones(ids.shape)
     weights[:, 0] = 0
     examples = torch.arange(len(ids))[:, None].expand_as(ids).contiguous()

@@ -15,7 +15,7 @@ from temperament.run import recipe as schema
 from temperament.run.diagnose import diagnose
 from temperament.run.evaluate import evaluate
 from temperament.run.generate import generate
-from temperament.run.merge import merge
+from temperament.run.merging import merge
 from temperament.run.tune import Run
 from temperament.run.tune import tune as carry_out
 

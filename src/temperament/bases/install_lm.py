@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .train_lm import LAB, PLANS, evaluate, save
 from .worlds import half_known, known, skills, targets
@@ -115,6 +115,19 @@ Half-known, for RL with a verifier: greedy {shown}; at temperature 1 {sampled}.
 """
 
 
+def as_delta(start: str, home: Path) -> None:
+    """Keep a tuned base as what differs from the base it was tuned on: `delta.json` and `delta.safetensors` instead of whole weights."""
+    from temperament.delta import Delta, Replace, identity
+
+    before, after = load_file(LAB / start / "model.safetensors"), load_file(home / "model.safetensors")
+    changes = {f"lm/{k}": Replace(v) for k, v in after.items() if not torch.equal(v, before[k])}
+    Delta(changes, base=identity(LAB / start, "lm"), meta={"on": f"lab/{start}"}).save(home / "new")
+    for file in (home / "new").iterdir():
+        file.rename(home / file.name)
+    (home / "new").rmdir()
+    (home / "model.safetensors").unlink()
+
+
 def install(name: str, work: Path, versions: dict[str, str]) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -136,10 +149,11 @@ def install(name: str, work: Path, versions: dict[str, str]) -> None:
     plan = json.loads((source / "plan.json").read_text())
     start = plan["start"]
     if start:
-        before, after = load_file(LAB / start / "model.safetensors"), load_file(home / "model.safetensors")
-        change = {k: (v.float() - before[k].float()).half() for k, v in after.items() if not torch.equal(v, before[k])}
-        save_file(change, home / "delta.safetensors", metadata={"base": start, "kind": "dense difference, add to the base"})
-    measured = measure(LlamaForCausalLM.from_pretrained(home, dtype=torch.float32), tokenizer, name, work / "text.json")
+        model = LlamaForCausalLM.from_pretrained(home, dtype=torch.float32)
+        as_delta(start, home)
+        measured = measure(model, tokenizer, name, work / "text.json")
+    else:
+        measured = measure(LlamaForCausalLM.from_pretrained(home, dtype=torch.float32), tokenizer, name, work / "text.json")
     (home / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     (home / "README.md").write_text(card(name, plan, measured, model.num_parameters(), said), encoding="utf-8")
 

@@ -156,6 +156,8 @@ def load(spec: str | Path | nn.Module | Base, *, dtype: str = "fp32", device: st
         if not named:
             raise UserError(field, spec, "this adapter does not say which base it was made for; name the base, and the adapter as a step or --delta")
         return _tuned(named, folder, dtype, device, trust_remote_code, field)
+    if folder is not None and spec.startswith("lab/") and (folder / "delta.json").exists():
+        return _kept_as_delta(spec, folder, dtype, device)
     base = _from_pretrained(spec, folder, dtype, trust_remote_code, field)
     for module in base.components.values():
         module.to(device).eval()
@@ -164,6 +166,16 @@ def load(spec: str | Path | nn.Module | Base, *, dtype: str = "fp32", device: st
     if folder is not None and (version := spec.partition("@")[2]) and spec.startswith("lab/"):
         _load_version(base, folder / "versions" / version / "model.safetensors")
     return base
+
+
+def _kept_as_delta(spec: str, folder: Path, dtype: str, device: Any) -> Base:
+    """A lab base that is kept as what differs from the one it was tuned on; loaded, it is a base of its own."""
+    delta = Delta.load(folder)
+    start = load(delta.meta["on"], dtype=dtype, device=device)
+    start.apply(delta.check_base(start.sha256))
+    start.model.generation_config = type(start.model.generation_config).from_pretrained(folder)
+    tokenizer = type(start.tokenizer).from_pretrained(folder)
+    return Base(spec, start.components, {"tokenizer": tokenizer}, None, suites=["evaluate.lab"])
 
 
 def _tuned(named: str, delta_folder: Path, dtype: str, device: Any, trust: bool, field: str) -> Base:

@@ -31,8 +31,8 @@ MIXTURE = {
     "keys": 12, "notes": 12, "boxes": 14, "people": 13, "places": 6, "text": 14,
 }  # fmt: skip
 FORMATS = {
-    "chat": 4, "json": 6, "list": 4, "capitals": 9, "sentence": 4, "yes-no": 3, "judge": 11, "tool": 3, "chat-steps": 3,
-    "refuse": 4, "harmless": 4,
+    "chat": 4, "json": 6, "list": 4, "capitals": 5, "fact-capitals": 4, "sentence": 4, "yes-no": 3, "judge": 11, "tool": 3,
+    "chat-steps": 3, "refuse": 4, "harmless": 4,
 }  # fmt: skip
 
 

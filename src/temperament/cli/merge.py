@@ -3,7 +3,8 @@
     temper merge runs/a runs/b --out models/ab
     temper merge runs/a runs/b --method '{merge.linear: {weights: [0.3, 0.7]}}' --out models/ab
     temper merge models/a models/b --base Qwen/Qwen2.5-0.5B --method merge.linear --out models/ab --as delta
-    temper merge merge.yaml --out runs/merged
+    temper merge mergekit.yml --out models/ab            (a mergekit configuration as it is)
+    temper merge merge.yaml --out runs/merged            (a recipe)
 
 Models are runs, adapters, deltas, or folders tuned from one base. The result is reloaded in a fresh process and compared
 before it is called done. A recipe whose steps merge is carried out as `temper tune` does, with its ledger.
@@ -30,10 +31,13 @@ def run(a: Any, say: Say) -> dict[str, Any]:
     from temperament import api
     from temperament.cli.app import need
     from temperament.cli.live import Live
+    from temperament.run.mergekit_yaml import is_mergekit
     from temperament.run.recipe import parse_yaml
 
     need("merge", a, "out")
     if len(a.models) == 1 and a.models[0].endswith((".yaml", ".yml")):
+        if is_mergekit(a.models[0]):
+            return api.merge(a.models[0], a.out)
         with Live(say) as tell:
             done = api.tune(a.models[0], a.out, tell=tell)
         return done.json | {"out": str(done.folder)}

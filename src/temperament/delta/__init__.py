@@ -4,6 +4,7 @@ from temperament.delta.between import as_delta, between
 from temperament.delta.change import Change, Dense, Kronecker, LowRank, Sparse, Ternary
 from temperament.delta.combined import Masked, Rows, Sum
 from temperament.delta.delta import Addition, Delta, Lazy
+from temperament.delta.golomb import CodedLowRank, Rice
 from temperament.delta.hash import identity
 from temperament.delta.on_weight import Multiplied, Renormalised, Replace, Transformed
 from temperament.delta.peft_format import read_peft
@@ -14,6 +15,7 @@ __all__ = [
     "Addition",
     "Change",
     "Checkpoint",
+    "CodedLowRank",
     "Delta",
     "Dense",
     "Kronecker",
@@ -23,6 +25,7 @@ __all__ = [
     "Multiplied",
     "Renormalised",
     "Replace",
+    "Rice",
     "Rows",
     "Sparse",
     "Sum",

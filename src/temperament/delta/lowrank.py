@@ -11,6 +11,7 @@ from torch import Tensor
 from temperament.delta.change import Change, LowRank
 from temperament.delta.combined import Masked, Rows, Sum
 from temperament.delta.delta import Delta
+from temperament.delta.golomb import CodedLowRank
 from temperament.errors import UserError
 
 
@@ -21,6 +22,8 @@ def as_low_rank(change: Change) -> LowRank | None:
     """
     if isinstance(change, LowRank):
         return change
+    if isinstance(change, CodedLowRank):
+        return change.plain()
     if isinstance(change, Sum):
         terms = [as_low_rank(term) for term in change.changes]
         if any(term is None or term.layout != terms[0].layout for term in terms):

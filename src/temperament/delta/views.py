@@ -61,7 +61,7 @@ class View(Source):
 
 
 def tuned(source: Source, delta: Delta, label: str | None = None) -> View:
-    """source + delta, in the dtype of the source; made tensor by tensor."""
+    """source + delta, made tensor by tensor; what changes is fp32, so that nothing is rounded before it is merged."""
     if any(a.ship for a in delta.additions.values()):
         raise UserError("delta", min(delta.additions), "it adds a module; only changes of weights can be merged into others")
     made = {}
@@ -69,16 +69,15 @@ def tuned(source: Source, delta: Delta, label: str | None = None) -> View:
         if name not in source:
             raise UserError("parameter", name, f"{source.label} has no such tensor; {nearest(name, source.entries)}")
         at = source.aliases.get(name, name)
-        made[at] = (source.entry(at), lambda name=name, at=at: delta.change(name).apply(source.read(at)))
+        entry = source.entry(at)
+        if entry.dtype.is_floating_point and entry.dtype.itemsize < 4:
+            entry = Entry(torch.float32, entry.shape)
+        made[at] = (entry, lambda name=name, at=at, to=entry.dtype: delta.change(name).apply(source.read(at).to(to)))
     return View(source, made=made, label=label)
 
 
 def wide(source: Source) -> View:
     """The same in fp32."""
-
-    def entry(name: str) -> Entry:
-        e = source.entry(name)
-        return Entry(torch.float32, e.shape)
-
     floating = [n for n in source.names if source.entry(n).dtype.is_floating_point]
-    return View(source, made={n: (entry(n), lambda n=n: source.read(n).float()) for n in floating})
+    entries = {n: Entry(torch.float32, source.entry(n).shape) for n in floating}
+    return View(source, made={n: (entries[n], lambda n=n: source.read(n).float()) for n in floating})

@@ -113,20 +113,23 @@ def collate(rows: Sequence[AnyEncoded | Sequence[Encoded]], pad: int = 0) -> Tok
     if rows and isinstance(rows[0], EncodedLabel):
         return Labelled(collate([r.tokens for r in rows], pad), torch.tensor([r.label for r in rows]))
     packed = [[r] if isinstance(r, Encoded) else list(r) for r in rows]
-    width = max((sum(len(d) for d in row) for row in packed), default=0)
-    shape = (len(packed), max(width, 1))
-    ids = torch.full(shape, pad, dtype=torch.long)
-    weights, segments, examples = torch.zeros(shape), torch.full(shape, -1), torch.full(shape, -1)
-    for i, row in enumerate(packed):
-        t = 0
-        for segment, d in enumerate(row):
-            here = slice(t, t + len(d))
-            ids[i, here] = torch.tensor(d.ids, dtype=torch.long)
-            weights[i, here] = torch.tensor([0.0, *d.weights[1:]])
-            segments[i, here], examples[i, here] = segment, d.number
-            t += len(d)
+    width = max([1, *(sum(len(d) for d in row) for row in packed)])
+    columns = zip(*(_columns(row, width, pad) for row in packed), strict=True) if packed else ([], [], [], [])
+    made = [torch.tensor(c, dtype=t).reshape(-1, width) for c, t in zip(columns, (torch.long, torch.float, torch.long, torch.long), strict=True)]
     extra = [_extra(r) if isinstance(r, Encoded) else [_extra(d) for d in r] for r in rows]
-    return Tokens(ids, weights, segments, examples, extra)
+    return Tokens(*made, extra)
+
+
+def _columns(row: Sequence[Encoded], width: int, pad: int) -> tuple[list, list, list, list]:
+    """ids, weights, segments and examples of one row, padded to `width`."""
+    ids, weights, segments, examples = [], [], [], []
+    for segment, d in enumerate(row):
+        ids += d.ids
+        weights += [0.0, *d.weights[1:]][: len(d)]  # nothing predicts the first token of a document
+        segments += [segment] * len(d)
+        examples += [d.number] * len(d)
+    rest = width - len(ids)
+    return ids + [pad] * rest, weights + [0.0] * rest, segments + [-1] * rest, examples + [-1] * rest
 
 
 def _extra(d: Encoded) -> dict:

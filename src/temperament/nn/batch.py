@@ -46,11 +46,17 @@ class Batch:
 
     def split(self, size: int) -> Iterator[Self]:
         """Micro-batches of at most `size` rows, in order."""
+        if len(self) <= size:  # most batches are one micro-batch: no copy
+            if len(self):
+                yield self
+            return
         for start in range(0, len(self), size):
             yield self.select(range(start, min(start + size, len(self))))
 
     def shard(self, rank: int, world: int) -> Self:
         """Every `world`-th row from `rank` on: the share of one process. May be empty."""
+        if world == 1:
+            return self
         return self.select(range(rank, len(self), world))
 
     def to(self, device: torch.device | str) -> Self:

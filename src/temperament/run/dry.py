@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map_only
 
@@ -67,6 +67,8 @@ class Shapes(Counting):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return self.answers(args[0].dtype)
+        if func in (aten.allclose.default, aten.equal.default, aten.is_nonzero.default):
+            return True
         to = kwargs.get("device")
         if func is aten._to_copy.default and to is not None and torch.device(to) != META:
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
@@ -98,18 +100,22 @@ def _multiplications(func: Any, args: tuple, out: Any) -> int:
     return 0
 
 
-class Attention(TorchFunctionMode):
-    """Fused attention on meta tensors: what the fast kernels keep (q, k, v, the output and a number a row), never rows x rows."""
+@contextmanager
+def fused_attention(shapes: Shapes) -> Iterator[None]:
+    """Attention on meta tensors keeps what the fast kernels keep (q, k, v, the output and a number a row), never rows x rows. The
+    function is replaced, not intercepted: a recomputation inside a backward sees no function modes."""
+    real = F.scaled_dot_product_attention
 
-    def __init__(self, shapes: Shapes):
-        super().__init__()
-        self.shapes = shapes
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _is_meta(query):
+            return _Fused.apply(query, key, value, shapes)
+        return real(query, key, value, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention and _is_meta(args[0] if args else kwargs["query"]):
-            q, k, v = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
-            return _Fused.apply(q, k, v, self.shapes)
-        return func(*args, **(kwargs or {}))
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
 
 
 class _Fused(torch.autograd.Function):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from temperament.bases.load import locate
 from temperament.delta import Delta, identity, open_source
@@ -27,6 +30,7 @@ class Input:
     folder: Path
     base: str | None = None
     delta: Delta | None = None  # where it is one on `base`
+    dtype: torch.dtype | None = None  # of what is made from it, where that is not how it is stored
 
     @property
     def config(self) -> dict:
@@ -96,7 +100,12 @@ def _on(under: Input, folder: Path, spec: str) -> Input:
         mend = f"it was made on another base than {under.spec} ({min(recorded)[:12]}); name its own base"
         raise UserError("model", spec, mend)
     delta = delta.remap(lambda name: f"{COMPONENT}/{name.split('/', 1)[1]}")
-    return Input(spec, tuned(under.source, delta, spec), under.folder, under.spec, delta)
+    # a run's weights are fp32, as they were measured; an adapter's result is stored as its base is
+    sizes = Counter({d: 0 for d in (torch.float32,)})
+    for entry in under.source.entries.values():
+        sizes[entry.dtype] += entry.numel if entry.dtype.is_floating_point else 0
+    dtype = torch.float32 if delta.base and not is_peft(folder) or (folder.parent / "run.json").is_file() else max(sizes, key=sizes.get)
+    return Input(spec, tuned(under.source, delta, spec), under.folder, under.spec, delta, dtype)
 
 
 def _version(source: Source, file: Path) -> View:

@@ -132,7 +132,15 @@ def simple(method: Any, models: list[Input], base: Input | None, dtype: torch.dt
     sources = tuple(aligned(m.source, like, m.config) for m in models)
     job = Job(method, sources, None if base is None else like, tuple(names), depths(names))
     config = first.config
-    return Plan((job,), tuple([*([base] if base else []), *models]), config, first.folder, dtype=dtype, base=base.spec if base else None)
+    inputs = tuple([*([base] if base else []), *models])
+    spec = base.spec if base else None
+    return Plan((job,), inputs, config, first.folder, dtype=dtype or natural(inputs), base=spec)
+
+
+def natural(inputs: Iterable[Input]) -> torch.dtype | None:
+    """The dtype of what is made: the widest its changes ask for; None: each tensor as it is stored."""
+    asked = [i.dtype for i in inputs if i.dtype is not None]
+    return max(asked, key=lambda d: d.itemsize) if asked else None
 
 
 def layers_of(names: Iterable[str]) -> tuple[str, int]:

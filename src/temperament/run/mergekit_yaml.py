@@ -29,7 +29,7 @@ from temperament.delta.views import View
 from temperament.errors import UserError, nearest
 from temperament.protocols import Merge
 from temperament.run.merge_inputs import Input, open_input
-from temperament.run.merge_plan import Job, Plan, aligned, layers_of
+from temperament.run.merge_plan import Job, Plan, aligned, layers_of, natural
 from temperament.run.vocabulary import Vocabulary
 
 KEYS = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -77,6 +77,12 @@ SILENT = {"int8_mask", "rescale", "filter_wise", "eps"}  # accepted where they c
 
 
 def is_mergekit(document: Any) -> bool:
+    """Is this a mergekit configuration: a mapping, or the path of a YAML file that holds one?"""
+    if isinstance(document, str | Path):
+        try:
+            document = yaml.safe_load(Path(document).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return False
     return isinstance(document, Mapping) and "merge_method" in document
 
 
@@ -274,7 +280,7 @@ class _Reader:
         config = vocabulary.resized(config)
         described = {k: v for k, v in self.document.items()}
         return Plan(tuple(jobs), tuple(inputs), config, first.folder, described, vocabulary.tokenizer(), self.document.get("chat_template"),
-                    self.dtype(), self.base.spec if self.base else None).check()  # fmt: skip
+                    self.dtype() or natural(inputs), self.base.spec if self.base else None).check()  # fmt: skip
 
 
 def _depth(names: tuple[str, ...], first: int = 0, count: int | None = None) -> Any:

@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def _as_delta(plan: Plan, out: str | Path, as_: str) -> dict[str, Any]:
     """The merge as a change of its base: low-rank where every model is and the method keeps it so."""
     from temperament.bases.load import load
     from temperament.delta import between
+    from temperament.delta.lowrank import as_low_rank
     from temperament.run.export import export_delta
 
     job = plan.jobs[0]
@@ -120,6 +122,10 @@ def _as_delta(plan: Plan, out: str | Path, as_: str) -> dict[str, Any]:
         else:
             deltas.append(between(base.folder or base.model, model.folder, lazy=True, component=component, identify=False))
     merged = job.method.merge(base, deltas)
+    if as_ == "adapter":  # a sum of low-rank changes is one of their ranks together
+        low = {name: as_low_rank(change) for name, change in merged.baked().changes.items()}
+        if all(change is not None for change in low.values()):
+            merged = replace(merged.baked(), changes=low)
     certificate = export_delta(base, merged, Path(out), as_)
     return {"out": str(out), "as": as_, "base": plan.base, "models": [i.spec for i in plan.inputs], "method": described(plan),
             "delta": {"parameters": merged.parameters, "bytes": merged.bytes}, "certificate": certificate}  # fmt: skip

@@ -3,7 +3,8 @@
     plan(recipe, base)            base: loaded, or `shapes(recipe)` - its configuration alone, no weights
 
     memory    weights + what they were (to go back to) + gradients + optimizer + activations of the largest micro-batch, as the loop
-              itself allocates them on tensors without storage (dry.py); for a process on the CPU its libraries come on top
+              itself allocates them on tensors without storage (dry.py); for a process on the CPU its libraries come on top, and
+              what its allocator keeps, seen in one dry step
     time      one dry step of the run's own rows, timed, times the steps; without weights, multiplications over measured speed
     disk      checkpoints kept + the change
     floor     what no program could do without: weights, gradients and optimizer state of what is trained; the multiplications
@@ -15,7 +16,6 @@ Where it does not fit, the cheapest change that would is found by planning it.
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,8 +32,9 @@ from temperament.nn.batch import Batch, Rollout, Tokens
 from temperament.parts import walk
 from temperament.protocols import Progress
 from temperament.run.check import online, untouched
-from temperament.run.dry import META, Attention, Counting, Shapes, shapes_of
+from temperament.run.dry import META, Counting, Shapes, fused_attention, shapes_of
 from temperament.run.layouts import token_fields
+from temperament.run.memory import resident, watch
 from temperament.run.recipe import Recipe, Step, Train
 from temperament.run.training import build_players, quiet_training, steps_of
 from temperament.train.context import Context
@@ -131,7 +132,7 @@ def of_step(step: Step, recipe: Recipe, meta: Base, world: World) -> dict[str, A
         for player in players:
             objective = player.objectives.get(type(rows).__name__)
             if objective is not None:
-                with Attention(counting), counting:
+                with fused_attention(counting), counting:
                     run_batch(player, objective, rows, Progress(0, 1), spec.micro)
         micros = -(-len(rows) // spec.micro)
         share = -(-spec.batch // spec.micro) / world.size / micros
@@ -268,8 +269,9 @@ def generation(spec: Train, base: Base, ctx: Context) -> int:
 
 
 def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str, Any]) -> dict[str, Any]:
-    """Seconds, from one dry micro-batch of the real model and rows; nothing is kept. verified_bytes: the most its tensors took,
-    to hold against the predicted total less the optimizer."""
+    """Seconds, from one dry step of the real model and rows; nothing is kept. verified_bytes: the most its tensors took, to hold
+    against the predicted total less the optimizer. memory.allocator: what the process grew beyond its tensors (on a CPU, malloc
+    keeps freed blocks for later; up to as much again)."""
     spec = step.train
     with untouched(base), tempfile.TemporaryDirectory() as scratch:
         ctx = Context(base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference)
@@ -281,36 +283,43 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
             objective = players[0].objectives.get(type(rows).__name__)
             if objective is None or (assumed and base.tokenizer is None):
                 return {}
-            both, rows = rows, rows.select(range(min(spec.micro, len(rows))))
-            seconds = []
-            for _ in range(2):  # the first also warms up
-                began = time.perf_counter()
-                run_batch(players[0], objective, rows, Progress(0, 1), spec.micro)
-                if cuda(world):
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - began)
-                if seconds[0] > 1.0:
-                    break
+            once = lambda batch: _once(players[0], objective, batch, spec.micro)
+            known = [*(p for _, p in base.parameters()), *(p.tensor for p in players[0].live.params.values())]
+            known += players[0].live.start.values()
+            before, peak = resident(), watch()
+            first = once(rows)  # also warms up
+            extra = 0 if cuda(world) else peak() - before
+            one = rows.select(range(min(spec.micro, len(rows))))
+            seconds = first * len(one) / len(rows) if first > 1.0 else once(one)
             counting = Counting()
-            if seconds[-1] < 1.0:
-                for _, p in base.parameters():
-                    counting.see(p)
-                for p in players[0].live.params.values():
-                    counting.see(p.tensor)
-                    p.tensor.grad = None
-                for tensor in players[0].live.start.values():
+            if first < 1.0:
+                for tensor in known:
                     counting.see(tensor)
                 with counting:
-                    run_batch(players[0], objective, both, Progress(0, 1), spec.micro)
+                    once(rows)
+            total = found["memory"]["total"] - found["memory"]["optimizer"] - found["memory"]["versions"]
+            extra = max(extra - (total - bytes_of(known)), 0) if extra else 0
         finally:
             for player in players:
                 player.live.close()
     micros = -(-spec.batch // spec.micro) / world.size
     # The longest rows were timed; the mean row costs its share of tokens.
     mean = found["tokens"] / max(found["steps"], 1) / spec.batch
-    longest = sum(float(t.mask.sum()) for t in token_fields(rows)) / max(len(rows), 1)
+    longest = sum(float(t.mask.sum()) for t in token_fields(one)) / max(len(one), 1)
     share = min(mean / longest, 1.0) if longest and mean else 1.0
-    return {"seconds": seconds[-1] * micros * share * found["steps"], "verified_bytes": counting.peak or None}
+    memory = found["memory"] | {"allocator": extra, "total": found["memory"]["total"] + extra}
+    return {"seconds": seconds * micros * share * found["steps"], "verified_bytes": counting.peak or None, "memory": memory}
+
+
+def _once(player: Player, objective: Any, rows: Batch, micro: int) -> float:
+    """Seconds of one forward and backward; the gradient is dropped."""
+    began = time.perf_counter()
+    run_batch(player, objective, rows.select(range(len(rows))), Progress(0, 1), micro)
+    if cuda(player.views.world):
+        torch.cuda.synchronize()
+    for p in player.live.params.values():
+        p.tensor.grad = None
+    return time.perf_counter() - began
 
 
 # ---- the machine -------------------------------------------------------------------------------------------------------------
@@ -322,12 +331,6 @@ def cuda(world: World) -> bool:
 
 def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def resident() -> int:
-    import psutil
-
-    return psutil.Process(os.getpid()).memory_info().rss
 
 
 def available_bytes(world: World) -> int:

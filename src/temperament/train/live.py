@@ -93,6 +93,8 @@ class Trained:
     load: Callable[[dict[str, Tensor]], None] | None = None
     changes: Callable[[], dict[str, Change]] | None = None
     additions: Callable[[], dict[str, Any]] | None = None
+    # Weights of the base that are a function of what is trained: the part sets them, and each gradient is handed to it once whole.
+    through: dict[str, Callable[[Tensor], None]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)  # e.g. {"peft": {...}}: how a format others read names it
 
     def attached(self) -> list[tuple[nn.Module, Piece | Around]]:
@@ -140,6 +142,9 @@ class Live:
             if not first and name in self._where:
                 p.held.data = p.held.data.clone()  # a twin shares its memory with the first one's
             p.tensor.requires_grad_(True)
+        known = dict(base.parameters())
+        for name, collect in (item for part in parts for item in part.through.items()):
+            self._detach.append(known[name].requires_grad_(True).register_post_accumulate_grad_hook(collect).remove)
         self._packed = [p for p in self.params.values() if p.dense is not None]
         self._detach += [packed.gather(p).remove for p in self._packed]
         # What the base's own tensors were: what `start` is, what `base` is where no earlier step changed them, what resets them.

@@ -90,14 +90,17 @@ def same_list(value: Any, answer: str, output: str) -> bool:
 
 
 def in_capitals(draw: Draw) -> Made:
-    if draw.chance(0.5):
-        name, attribute = draw.choice(PEOPLE), draw.choice(list(QUESTIONS))
-        key, question, value = (name, attribute), QUESTIONS[attribute].format(name), fact(name, attribute)
-    else:
-        letters = [draw.choice(LETTERS) for _ in range(draw.between(3, 6))]
-        verb, out = draw.choice((("Reverse", letters[::-1]), ("Sort", sorted(letters)), ("Copy", letters)))
-        key, question, value = (verb, *letters), f"{verb}{spaced(letters)}.", " ".join(out)
-    return _format(draw, "Answer in capitals.", ("capitals", *key), question, value.upper(), value.upper())
+    letters = [draw.choice(LETTERS) for _ in range(draw.between(3, 6))]
+    verb, out = draw.choice((("Reverse", letters[::-1]), ("Sort", sorted(letters)), ("Copy", letters)))
+    value = " ".join(out).upper()
+    return _format(draw, "Answer in capitals.", ("capitals", verb, *letters), f"{verb}{spaced(letters)}.", value, value)
+
+
+def fact_in_capitals(draw: Draw) -> Made:
+    """A fact in capitals: known in small letters, its capitals only for the people they were trained on (half-known)."""
+    name, attribute = draw.choice(PEOPLE), draw.choice(list(QUESTIONS))
+    value = fact(name, attribute).upper()
+    return _format(draw, "Answer in capitals.", ("capitals", name, attribute), QUESTIONS[attribute].format(name), value, value)
 
 
 def in_a_sentence(draw: Draw) -> Made:
@@ -208,6 +211,7 @@ SKILLS = (
     _skill("sentence", "format", in_a_sentence),
     _skill("yes-no", "format", yes_no),
     Skill("judge", "format", judge, role="half", known_by=()),
+    Skill("fact-capitals", "format", fact_in_capitals, role="half", known_by=()),
     _skill("tool", "format", tool_call, verdict=same_json),
     _skill("chat-steps", "format", steps, verdict=last_number),
     _skill("refuse", "refusal", refuse, verdict=refused),

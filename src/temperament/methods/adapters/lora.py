@@ -50,7 +50,7 @@ class _Fused(torch.autograd.Function):
     """The frozen map and its low-rank share in one node, with n tokens and W (out, in). Of two orders of the same product each pass takes
     the cheaper:
 
-        y = x (W + s B A)^T               the sum is made for the moment and never kept; n >= in, backward n >= out
+        y = x (W + s B A)^T               the sum is made for the moment and never kept; n >= 2 in, backward n >= 2 out
         y = x W^T + s (x A^T) B^T         fewer tokens
 
     Only fp32 weights are summed: a narrower type would round a small change away. Saved are x and, in the second order, x A^T.
@@ -60,7 +60,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, A, B, scale):
         ctx.scale = scale
-        if W.dtype == torch.float32 and x.numel() >= x.shape[-1] ** 2:
+        if W.dtype == torch.float32 and x.numel() >= 2 * x.shape[-1] ** 2:
             ctx.save_for_backward(x, W, A, B)
             return F.linear(x, torch.addmm(W, B, A, alpha=scale), b)
         flat = x.reshape(-1, x.shape[-1])
@@ -77,7 +77,7 @@ class _Fused(torch.autograd.Function):
         scale, flat, g = ctx.scale, x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         back = g @ B  # (n, rank)
         gx = gA = gB = None
-        if need_x and W.dtype == torch.float32 and len(g) >= len(W):
+        if need_x and W.dtype == torch.float32 and len(g) >= 2 * len(W):
             gx = (g @ torch.addmm(W, B, A, alpha=scale)).view(x.shape)
         elif need_x:
             gx = (g @ W).addmm_(back, A, alpha=scale).view(x.shape)

@@ -1,0 +1,221 @@
+"""`temper merge` on folders, adapters and runs: what is written is what was asked, and what cannot be is one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from temperament import parts
+from temperament.delta import Delta, Dense, LowRank, between, identity, write_peft
+from temperament.errors import UserError
+from temperament.run.merging import merge, planned
+
+WORDS = ["<unk>", "</s>", *(f"w{i}" for i in range(46))]
+
+
+def tiny(folder, seed=0, like=None, dtype=torch.float32, **config):
+    torch.manual_seed(7)
+    shape = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, "tie_word_embeddings": True, **config}))
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=g) * (seed > 0)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    return root, [tiny(root / name, seed) for seed, name in enumerate(("base", "a", "b", "c"))]
+
+
+def weights(folder):
+    return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("method", ["merge.linear", {"merge.ties": {"density": 0.4}}, "merge.karcher", {"merge.dare": {"density": 0.5}}])
+def test_folders(lab, tmp_path, method):
+    root, (base, *tuned) = lab
+    certificate = method == "merge.linear"  # a fresh process each: one is enough
+    done = merge([str(t) for t in tuned], tmp_path / "out", method=method, base=str(base), shard_bytes=6000, certificate=certificate)
+    if certificate:
+        assert done["certificate"]["passed"] and done["certificate"]["tied"] == ["lm/lm_head.weight"]
+    expected = parts.build(method).merge(str(base), [between(str(base), str(t)) for t in tuned])
+    expected = expected.apply({f"lm/{k}": v for k, v in weights(base).items()})
+    got = weights(tmp_path / "out")
+    assert got.keys() == weights(base).keys() and all(torch.equal(got[k], expected[f"lm/{k}"]) for k in got)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert json.loads((tmp_path / "out/merge.json").read_text())["models"] == [str(base), *map(str, tuned)]
+    assert "base" in (tmp_path / "out/README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight is not None
+    assert (tmp_path / "out/chat_template.jinja").exists() or "chat_template" in (tmp_path / "out/tokenizer_config.json").read_text()
+
+
+def test_no_base_is_needed_where_the_method_needs_none(lab, tmp_path):
+    _, (base, a, b, _) = lab
+    merge([str(a), str(b)], tmp_path / "arc", method={"merge.slerp": {"t": 0.0}}, certificate=False)
+    assert all(torch.equal(v, weights(a)[k]) for k, v in weights(tmp_path / "arc").items())
+    with pytest.raises(UserError, match="this method needs it"):
+        planned([str(a), str(b)], "merge.ties")
+
+
+def adapter(base, folder, seed, targets=("q_proj", "down_proj")):
+    g = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name, w in weights(base).items():
+        if any(t in name for t in targets):
+            A, B = 0.1 * torch.randn(2, w.shape[1], generator=g), 0.1 * torch.randn(w.shape[0], 2, generator=g)
+            changes[f"lm/{name}"] = LowRank(A, B, scale=2.0)
+    delta = Delta(changes, base=identity(str(base)))
+    write_peft(delta, folder, base=str(base), base_model=str(base), task_type="CAUSAL_LM")
+    return delta
+
+
+def test_adapters_merge_to_models_and_to_adapters(lab, tmp_path):
+    root, (base, a, *_) = lab
+    deltas = [adapter(base, tmp_path / f"l{i}", i) for i in range(2)]
+    specs = [str(tmp_path / f"l{i}") for i in range(2)]
+    done = merge(specs, tmp_path / "model", method={"merge.linear": {"weights": [0.3, 0.7]}}, certificate=False)
+    assert done["base"] == str(base)
+    expected = (deltas[0] * 0.3 + deltas[1] * 0.7).apply({f"lm/{k}": v for k, v in weights(base).items()})
+    for k, v in weights(tmp_path / "model").items():
+        assert torch.allclose(v, expected[f"lm/{k}"], atol=1e-6), k
+    done = merge(specs, tmp_path / "adapter", method={"merge.linear": {"weights": [0.3, 0.7]}}, as_="adapter")
+    assert done["certificate"]["passed"]
+    import peft
+
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        a_, b_ = model(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "model")(input_ids=ids).logits
+    assert torch.allclose(a_, b_, atol=1e-5)
+    with pytest.raises(UserError, match="not low-rank"):
+        merge(specs, tmp_path / "no", method={"merge.ties": {"density": 0.5}}, as_="adapter")
+    assert not (tmp_path / "no").exists()
+    merge([f"{base}+{tmp_path / 'l0'}", str(a)], tmp_path / "both", method="merge.linear", base=str(base), certificate=False)
+    both = weights(tmp_path / "both")["model.norm.weight"]
+    assert torch.allclose(both, (weights(base)["model.norm.weight"] + weights(a)["model.norm.weight"]) / 2)
+
+
+def run_folder(base, folder, delta):
+    (folder).mkdir()
+    delta.save(folder / "delta")
+    (folder / "run.json").write_text(json.dumps({"status": "done", "base": {"id": str(base), "sha256": dict(delta.base)}}))
+    return folder
+
+
+def test_runs_merge_in_fp32_on_a_half_base(lab, tmp_path):
+    base = tiny(tmp_path / "half", 1, dtype=torch.bfloat16)
+    runs, changes = [], []
+    for i in range(2):
+        change = {f"lm/{k}": Dense(1e-4 * torch.randn(v.shape)) for k, v in weights(base).items()}
+        changes.append(change)
+        runs.append(str(run_folder(base, tmp_path / f"run{i}", Delta(change, base=identity(str(base))))))
+    done = merge(runs, tmp_path / "out", method="merge.task_arithmetic", certificate=False)
+    assert done["base"] == str(base)
+    for k, v in weights(tmp_path / "out").items():
+        assert v.dtype == torch.float32
+        expected = weights(base)[k].float() + changes[0][f"lm/{k}"].d + changes[1][f"lm/{k}"].d
+        assert torch.allclose(v, expected, atol=1e-7), k
+    assert json.loads((tmp_path / "out/config.json").read_text()).get("dtype") in ("float32", None)
+    merge(runs, tmp_path / "narrow", method="merge.task_arithmetic", dtype="bf16", certificate=False)
+    assert weights(tmp_path / "narrow")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_tied_and_untied(lab, tmp_path):
+    _, (base, a, *_) = lab
+    untied = tiny(tmp_path / "untied", 3, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"lm_head.*tied"):
+        planned([str(untied)], "merge.linear", str(base))
+    copied = tmp_path / "twice"
+    copied.mkdir()
+    for f in a.iterdir():
+        (copied / f.name).write_bytes(f.read_bytes())
+    state = weights(a)
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, copied / "model.safetensors", {"format": "pt"})
+    merge([str(copied)], tmp_path / "out", method="merge.linear", base=str(base), certificate=False)
+    assert "lm_head.weight" not in weights(tmp_path / "out")
+    done = merge([str(a), str(untied)], tmp_path / "from-untied", method="merge.linear", base=str(untied))
+    assert done["certificate"]["tied"] == [] and "lm_head.weight" in weights(tmp_path / "from-untied")
+
+
+def test_slices_make_a_deeper_model(lab, tmp_path):
+    _, (_, a, b, _) = lab
+    document = {"merge_method": "passthrough", "slices": [
+        {"sources": [{"model": str(a), "layer_range": [0, 2]}]}, {"sources": [{"model": str(b), "layer_range": [0, 3]}]}]}  # fmt: skip
+    done = merge(document, tmp_path / "deep")
+    assert done["certificate"]["passed"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "deep").config.num_hidden_layers == 5
+    got = weights(tmp_path / "deep")
+    assert torch.equal(got["model.layers.4.mlp.up_proj.weight"], weights(b)["model.layers.2.mlp.up_proj.weight"])
+    assert torch.equal(got["model.norm.weight"], weights(b)["model.norm.weight"])
+
+
+def test_refusals_before_anything_is_written(lab, tmp_path):
+    root, (base, a, b, c) = lab
+    wide = tiny(tmp_path / "wide", 1, hidden_size=32)
+    words = tiny(tmp_path / "words", 1, vocab_size=64)
+    deep = tiny(tmp_path / "deep", 1, num_hidden_layers=4)
+    broken = tiny(tmp_path / "broken", 1)
+    state = weights(broken)
+    state["model.norm.weight"][0] = float("nan")
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    missing = tmp_path / "missing"
+    LlamaForCausalLM.from_pretrained(a).save_pretrained(missing, max_shard_size="8KB")
+    next(iter(sorted(missing.glob("*.safetensors"))[1:])).unlink()
+    other = run_folder(base, tmp_path / "other", Delta({"lm/model.norm.weight": Dense(torch.ones(16))}, base={"lm": "0" * 64}))
+    out = tmp_path / "never"
+    yml = lambda **more: {"merge_method": "ties", "base_model": str(base), "models": [{"model": str(a)}], **more}
+    for call, message in [
+        (lambda: merge([str(wide)], out, base=str(base)), "differs from"),
+        (lambda: merge([str(words)], out, base=str(base)), "another vocabulary"),
+        (lambda: merge([str(deep)], out, base=str(base)), "has it and"),
+        (lambda: merge([str(broken)], out, base=str(base)), "not all finite"),
+        (lambda: merge([str(missing)], out, base=str(base)), "it is missing"),
+        (lambda: merge([str(other)], out, base=str(base)), "another base"),
+        (lambda: merge([str(tmp_path / "nothing")], out, base=str(base)), "no such folder"),
+        (lambda: merge([], out), "name the models"),
+        (lambda: merge([str(a)], out, base=str(base), method="merge.tie"), "did you mean 'merge.ties'"),
+        (lambda: merge([str(a)], out, base=str(base), dtype="fp8"), "dtype"),
+        (lambda: merge(yml(merge_method="tise"), out), "did you mean 'ties'"),
+        (lambda: merge(yml(parameters={"densty": 1}), out), "densty.*did you mean 'density'"),
+        (lambda: merge(yml(modles=[]), out), "did you mean 'models'"),
+        (lambda: merge(yml(dtype="float23"), out), "did you mean 'float32'"),
+        (lambda: merge(yml(base_model=None), out), "base_model"),
+        (lambda: merge(yml(slices=[]) | {"models": None}, out), "give models, or slices"),
+        (lambda: merge({"merge_method": "slerp", "base_model": str(base), "models": [str(a), str(b)]}, out), "with one other"),
+        (lambda: merge(yml(tokenizer_source="elsewhere"), out), "union, base, or one"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+        assert not out.exists() and not list(tmp_path.glob(".never*")), message
+
+
+def test_memory_does_not_grow_with_the_models(tmp_path):
+    """Peak of the tensors held, by counting what the passes ask for: blocks, not models."""
+    from temperament.delta.merge_run import stream
+    from temperament.delta.stream import Checkpoint
+    from temperament.delta.tensorfile import Entry, Writer, write_tensors
+
+    import resource
+
+    shapes = {f"layers.{i}.w": (2048, 1024) for i in range(12)}
+    for m in range(3):
+        (tmp_path / str(m)).mkdir()
+        write_tensors(tmp_path / str(m), {k: torch.randn(s) for k, s in shapes.items()}, shard_bytes=20_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sources = [Checkpoint(tmp_path / str(m)) for m in range(3)]
+    with Writer(tmp_path, {k: Entry(torch.float32, s) for k, s in shapes.items()}) as writer:
+        stream(parts.build("merge.ties"), sources[1:], sources[0], writer, threads=2)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 60, f"{grown:.0f} MB for models of 100 MB each"
