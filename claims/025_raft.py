@@ -1,14 +1,14 @@
 """[025] Reward-ranked fine-tuning: a higher reward at less damage than policy gradients.
 
-Task: sums the lab base half knows, rewarded by a verifier. RAFT keeps the best of eight responses and trains on them; the baseline is REINFORCE
+Task: sums of three digits in the head, which the lab base half knows, rewarded by a verifier. RAFT keeps the best of eight responses and trains on them; the baseline is REINFORCE
 with a group baseline (GRPO, unclipped on-policy) on as many samples, each at its own best rate. Compared: held-out accuracy; divergence beside it.
 """
 
 from temperament.run.claims import Claim
 
 RATES = {"raft": [3e-5, 1e-4], "grpo": [1e-5, 3e-5]}
-ASKED = {"prompts": {"data.lab": {"skills": ["workout"], "rows": 1000}}, "rewards": ["rewards.number"], "max_new": 44}
-SAMPLES, STAGES = 512, 5  # responses of a stage
+ASKED = {"prompts": {"data.lab": {"skills": ["add3"], "rows": 1000}}, "rewards": ["rewards.number"], "max_new": 6}
+SAMPLES, STAGES = 512, 8  # responses of a stage
 
 
 def recipe(arm: str, rate: float) -> dict:
@@ -20,7 +20,7 @@ def recipe(arm: str, rate: float) -> dict:
         objective = {"objectives.policy.grpo": {"scale": False}}
     optimizer = {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 3}}}}
     train = {"source": source, "objective": objective, "optimizer": optimizer, "batch": batch, "micro": 64, "steps": steps}
-    suite = {"evaluate.lab": {"target": "workout", "retained": ["add", "subtract", "sort", "people"]}}
+    suite = {"evaluate.lab": {"target": "add3", "retained": ["add", "subtract", "sort", "people"]}}
     return {"base": "lab/lm", "steps": [{"name": arm, "train": train}], "evaluation": {"items": 100, "keep": False, "suites": [suite]}}
 
 

@@ -1,6 +1,6 @@
 """[031] Anchored supervised fine-tuning: on noisy demonstrations, better than SFT and than DFT, without DFT's drift.
 
-Task: sums worked out step by step, which the lab base half knows; one demonstration in five is wrong. Each objective at its own best rate, equal
+Task: sums of three digits in the head, which the lab base half knows; one demonstration in five is wrong. Each objective at its own best rate, equal
 steps. Compared: held-out accuracy, against the better of SFT and DFT.
 """
 
@@ -20,7 +20,7 @@ RATES = [1e-4, 4e-4]
 
 
 def demonstrations(folder, seed: int, rows: int = 1000, noise: float = 0.2) -> str:
-    skill = worlds.skill("workout")
+    skill = worlds.skill("add3")
     items, draw = skill.items("train", rows, seed), Draw("noise", seed)
     said = [wrong(i, items, Draw("wrong", i.id, seed), skill.check) if draw.chance(noise) else i.answer for i in items]
     path = folder / f"noisy-{seed}.jsonl"
@@ -43,7 +43,7 @@ def recipe(objective, rate: float, path: str) -> dict:
                 "steps": 150,
             },
         }],
-        "evaluation": {"items": 100, "keep": False, "suites": [{"evaluate.lab": {"target": "workout", "retained": ["add", "subtract", "sort", "people"]}}]},
+        "evaluation": {"items": 100, "keep": False, "suites": [{"evaluate.lab": {"target": "add3", "retained": ["add", "subtract", "sort", "people"]}}]},
     }  # fmt: skip
 
 

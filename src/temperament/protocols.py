@@ -128,7 +128,8 @@ class Objective(Protocol):
     """What is optimised. `batch`: the kinds of batch it takes ("Tokens", "Pairs", ...). `needs`: versions it reads
     ("start", "base", "previous", "ema"), provided before the first step.
 
-    Optional: `prepare(whole, views) -> whole`. A *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows,
+    Optional: `prepare(whole, views) -> whole`, once; what it fills into the batch the players after it see. `updates(whole, views) ->
+    wholes`: the optimizer steps taken on one prepared batch (epochs and mini-batches of a rollout); default one. A *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows,
     ...) tensor` and `couple(all statistics) -> Terms` instead of `loss`: the loop runs two passes, exact under any split.
     """
 
@@ -223,7 +224,10 @@ class Shape(Protocol):
 
 
 class Decode(Protocol):
-    """Hooks on the generation loop (engine/tokens.py): `hooks(ctx) -> objects with logits / on_token / stop`."""
+    """What belongs to answering beside the weights: `hooks(base) -> objects with logits / on_token / stop` on the generation loop
+    (engine/tokens.py). Optional: `models(base) -> {name: model}`, decoded in lockstep with the subject, which is called "model";
+    `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`, the prompt and the
+    output in another form and the way back: hear(tell(a)) = a."""
 
     rooms: ClassVar = ("decode",)
     must: ClassVar = ("hooks",)
@@ -251,7 +255,8 @@ class Study(Protocol):
 
 
 class Aide(Protocol):
-    """A frozen helper by role: `ask(requests) -> answers`, cached by content."""
+    """A frozen helper by role: `ask(requests) -> answers`. A judge is asked {"prompt", "answer", "output", "row"}: is the output as good
+    as the answer? -> bool."""
 
     rooms: ClassVar = ("aides",)
     must: ClassVar = ("ask", "role")

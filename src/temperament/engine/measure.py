@@ -17,7 +17,7 @@ import torch
 
 from temperament.engine.encode import encode
 from temperament.engine.examples import Completion, Prompt, Text
-from temperament.engine.tokens import Sampling, generate
+from temperament.engine.tokens import Generated, Sampling, generate
 from temperament.nn.batch import Tokens
 from temperament.nn.logprobs import Reducer, Slice, best, kl, label, score
 from temperament.protocols import Outcome
@@ -26,7 +26,7 @@ from temperament.protocols import Outcome
 @dataclass
 class System:
     base: Any  # bases.Base: components, tokenizer, at("base")
-    hooks: Sequence[Any] = ()
+    inference: Sequence[Any] = ()  # decoding parts (protocols.Decode), in order
     batch: int = 64
     seed: int = 0
     graded: bool = True  # also measure what scores do not need: the likelihood of answers, the divergence from the pure base
@@ -39,6 +39,32 @@ class System:
     @property
     def subject(self):
         return self.model if self.model is not None else self.base.model
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> Generated:
+        """As the system would: with the hooks of its parts, the models they bring, and the loop of one that has its own."""
+        optional = lambda name: [getattr(p, name) for p in self.inference if getattr(p, name, None) is not None]
+        models = {"model": self.subject} | {n: m for more in optional("models") for n, m in more(self.base).items()}
+        loop = (optional("loop") or [generate])[0]
+        hooks = [h for p in self.inference for h in p.hooks(self.base)]
+        return loop(models, prompts, sampling, seed=self.seed, hooks=hooks, batch=self.batch)
+
+    def asked(self, prompt: str | list) -> str | list:
+        """A question in the form in which the model is asked it."""
+        for p in self.inference:
+            prompt = p.ask(prompt) if hasattr(p, "ask") else prompt
+        return prompt
+
+    def heard(self, output: str) -> str:
+        """What the model wrote, as the system's answer."""
+        for p in reversed(self.inference):
+            output = p.hear(output) if hasattr(p, "hear") else output
+        return output
+
+    def told(self, answer: str) -> str:
+        """What the model must write for this to be heard."""
+        for p in self.inference:
+            answer = p.tell(answer) if hasattr(p, "tell") else answer
+        return answer
 
 
 @dataclass(frozen=True)
@@ -83,10 +109,10 @@ class TextSkill:
         outputs, got = [""] * len(asked), dict.fromkeys(("nll", "kl"), [None] * len(asked))
         if self.metric == "nll" or system.graded:
             # The answer is what training would train, with the token that ends it; the prompt is what a user's question becomes.
-            answered = [encode(Text(q.expected) if q.prompt == "" else Completion(q.prompt, said(q)), tok, **self.encoding) for q in asked]
-            got = likelihood([e.split for e in answered], system)
+            document = lambda q: Text(q.expected) if q.prompt == "" else Completion(system.asked(q.prompt), said(q, system.told(q.expected)))
+            got = likelihood([encode(document(q), tok, **self.encoding).split for q in asked], system)
         if self.metric != "nll":
-            outputs = self._answers([encode(Prompt(q.prompt), tok, **self.encoding).ids for q in asked], system)
+            outputs = self._answers([encode(Prompt(system.asked(q.prompt)), tok, **self.encoding).ids for q in asked], system)
         out = []
         for q, text, nll, kl in zip(asked, outputs, got["nll"], got["kl"], strict=True):
             shown = q.prompt if isinstance(q.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in q.prompt)
@@ -97,8 +123,8 @@ class TextSkill:
         texts: list[str] = []
         for start in range(0, len(prompts), system.batch):
             group = prompts[start : start + system.batch]
-            made = generate(system.subject, group, Sampling(max_new=self.max_new), seed=system.seed, hooks=system.hooks)
-            texts += [system.tokenizer.decode(ids, skip_special_tokens=True) for ids in made.ids]
+            made = system.generate(group, Sampling(max_new=self.max_new))
+            texts += [system.heard(system.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made.ids]
         return texts
 
 
@@ -106,9 +132,9 @@ def content_key(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def said(q: Question) -> str | list[dict]:
-    """The expected answer in the form of its prompt: text, or a message."""
-    return q.expected if isinstance(q.prompt, str) else [{"role": "assistant", "content": q.expected}]
+def said(q: Question, answer: str) -> str | list[dict]:
+    """An answer in the form of its prompt: text, or a message."""
+    return answer if isinstance(q.prompt, str) else [{"role": "assistant", "content": answer}]
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,6 +168,17 @@ class Session:
         self.tail = self._feed(tokens[:, None], None)
         return self.logits
 
+    def read(self, block: Tensor) -> Tensor:
+        """Append block (rows, n); (rows, n, V): the logits after each of its tokens."""
+        logits = self._feed(block, None, keep=block.shape[1])
+        self.tail = logits[:, -1:]
+        return logits
+
+    def forget(self, counts: list[int]) -> None:
+        """Drop the last tokens of each row; what follows is not known until something is appended."""
+        if any(counts):
+            self._drop(counts)
+
     def extend(self, continuations: list[list[int]]) -> list[Tensor]:
         """Append a list of tokens to each row (it may be empty); the log-prob of each of them, fp32."""
         width = max(map(len, continuations), default=0)

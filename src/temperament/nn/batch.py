@@ -136,7 +136,8 @@ class Labelled(Batch):
 class Rollout(Batch):
     """tokens.weights is 1 on sampled tokens (not on prompts, forced or tool tokens). behaviour (rows, T): log-prob of each token under
     the policy that sampled it. rewards (rows,). group (rows,): which prompt. Filled in by the objective: advantages (rows, T) or (rows, 1),
-    reference (rows, T): log-probs under the reference version.
+    reference (rows, T): log-probs under the reference version;
+    values, returns (rows, T): what a critic said before it is trained, and what it should have said.
     """
 
     tokens: Tokens
@@ -145,3 +146,5 @@ class Rollout(Batch):
     group: Tensor
     advantages: Tensor | None = None
     reference: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None

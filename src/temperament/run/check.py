@@ -36,7 +36,7 @@ from temperament.run.recipe import Recipe, Step, Train
 from temperament.run.resume import check_resume as check_resume
 from temperament.run.training import NOISE, build_players, quiet_training, steps_of
 from temperament.train.context import Context
-from temperament.train.loop import Player
+from temperament.train.loop import Player, prepared
 from temperament.train.world import World
 
 ROWS = 4  # rows a law is measured on
@@ -106,7 +106,7 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
                         continue
                     kinds.add((player.name, kind))
                     found += list(
-                        _player_laws(player, objective, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec)
+                        _player_laws(player, players, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec)
                     )
         finally:
             for player in players:
@@ -118,7 +118,7 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
 
 def _player_laws(
     player: Player,
-    objective: Any,
+    players: list[Player],
     batch: Batch,
     ties: list,
     before: Any,
@@ -127,8 +127,8 @@ def _player_laws(
     seed: int,
     spec: Train,
 ) -> Iterator[Law]:
-    packs = any(t.packed for t in token_fields(batch))
-    rows = few(batch, ROWS)
+    packs, kind = any(t.packed for t in token_fields(batch)), type(batch).__name__
+    rows, objective = few(batch, ROWS), player.objectives[kind]
     declared = [d for p in (objective, *player.regularizers) for d in getattr(p, "part_declares", ())]
     split = coupled or next(
         (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
@@ -136,11 +136,16 @@ def _player_laws(
     tokens = next(iter(token_fields(rows)), None)
     with laws.perturbed(player, seed):
         rows = _unlike(rows, player) if isinstance(rows, Rollout) else rows
-        yield from laws.gradient_laws(player, objective, rows, tolerance, packs, split)
-        if spec.checkpointing:
-            yield _recomputed(player, objective, rows, tolerance)
-        if tokens is not None and before is not None:
-            yield from laws.version_laws(player, tokens.to(player.views.world.device), before, ties, 5 * max(tolerance, 1e-5))
+        for earlier in players[: players.index(player)]:  # what their objectives fill into a batch, this one may read
+            if kind in earlier.objectives:
+                with earlier.live.at("live"):
+                    prepared(earlier, earlier.objectives[kind], rows, Progress(0, 1))
+        with player.live.at("live"):
+            yield from laws.gradient_laws(player, objective, rows, tolerance, packs, split)
+            if spec.checkpointing:
+                yield _recomputed(player, objective, rows, tolerance)
+            if tokens is not None and before is not None:
+                yield from laws.version_laws(player, tokens.to(player.views.world.device), before, ties, 5 * max(tolerance, 1e-5))
 
 
 def _unlike(rows: Rollout, player: Player) -> Rollout:

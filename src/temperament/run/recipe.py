@@ -87,7 +87,7 @@ class PlayerSpec:
     objective: dict[str, Objective]  # objective by kind of batch
     optimizer: Optimizer = _part("optim.adamw", Optimizer)
     trainable: list[Trainable] = field(default_factory=list)  # its own; empty: it shares the main player's
-    on: str = "policy"  # which component or player it is built on
+    on: str = "policy"  # what its own stands on: a player before it, seen as it is now, or start, the model as the step began
     regularizers: list[Regularizer] = field(default_factory=list)
     every: int = 1  # it steps once in so many steps
     from_step: int = 0  # and not before this one

@@ -30,7 +30,7 @@ from temperament.run.artefacts import Folder
 from temperament.run.recipe import Train
 from temperament.train import checkpoint
 from temperament.train.context import Context
-from temperament.train.live import Live
+from temperament.train.live import Live, twins
 from temperament.train.loop import Player, Views, train
 
 
@@ -61,16 +61,24 @@ def quiet_training(component: nn.Module) -> None:
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
     """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
-    live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare))
+    company: list[Live] = []
+    live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare), company)
     if not live.params:
         raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
-    others: dict[str, Live] = {}
+    others: dict[str, Live] = {"policy": live}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
     ctx.live, ctx.views = live, views
     objectives = spec.objective if isinstance(spec.objective, dict) else dict.fromkeys(spec.objective.batch, spec.objective)
     players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx)]
     for name, more in spec.players.items():
-        own = Live(ctx.base, _built(more.trainable, name, spec, ctx, prepare)) if more.trainable else live
+        if name in others:
+            raise UserError("train.players", name, "the main player is called so; give this one another name")
+        if more.on not in (*others, "start"):
+            raise UserError(f"train.players.{name}.on", more.on, f"give start, or a player before it: {', '.join(others)}")
+        own = live
+        if more.trainable:
+            with twins(ctx.base):
+                own = Live(ctx.base, _built(more.trainable, name, spec, ctx, prepare), company, others.get(more.on))
         others[name] = own
         its = _player(name, own, more.optimizer, more.objective, more.regularizers, Views(own, ctx.world, spec.micro, ctx.seed, others), spec, ctx)
         its.every, its.from_step = more.every, more.from_step
@@ -274,12 +282,18 @@ def listening():
 def _save(place: Path, done: int, players: list[Player], stream: Any, memory: dict, keep: int) -> None:
     tensors, rest = {}, {}
     for p in players:
-        tensors[f"{p.name}.live"] = p.live.state_dict()
+        if p.name in owners(players):
+            tensors[f"{p.name}.live"] = p.live.state_dict()
         tensors[f"{p.name}.optimizer"], rest[p.name] = checkpoint.flatten_optimizer(p.stepper)
     source = stream.state_dict() if hasattr(stream, "state_dict") else {}
     if source.get("tensors"):
         tensors["source"] = source["tensors"]
     checkpoint.save(place, done, tensors, {**memory, "optimizers": rest, "source": source.get("json")}, keep)
+
+
+def owners(players: list[Player]) -> list[str]:
+    """The players that have a trainable of their own; the others share one of these."""
+    return [p.name for i, p in enumerate(players) if all(p.live is not q.live for q in players[:i])]
 
 
 def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Callable) -> tuple[int, dict[str, Any]]:
@@ -290,7 +304,8 @@ def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Ca
         return 0, {}
     state, tensors = found
     for p in players:
-        p.live.load_state_dict(tensors[f"{p.name}.live"])
+        if p.name in owners(players):
+            p.live.load_state_dict(tensors[f"{p.name}.live"])
         checkpoint.unflatten_optimizer(p.stepper, tensors[f"{p.name}.optimizer"], state["optimizers"][p.name])
     if state.get("source") is not None or "source" in tensors:
         stream.load_state_dict({"tensors": tensors.get("source", {}), "json": state.get("source")})

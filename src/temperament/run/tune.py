@@ -90,8 +90,7 @@ class Skills:
         return less | ({"target"} if targets and targets <= less else set())
 
     def system(self, model: Any = None, graded: bool = True) -> System:
-        hooks = [h for part in self.recipe.inference for h in part.hooks(self.base)]
-        return System(self.base, hooks, self.recipe.evaluation.batch, self.recipe.seed, graded, model)
+        return System(self.base, self.recipe.inference, self.recipe.evaluation.batch, self.recipe.seed, graded, model)
 
     def measure(self, path: Path, key: str, tell: Tell) -> tuple[dict[str, SkillResult], bool]:
         """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they?"""

@@ -11,12 +11,16 @@ one autograd graph:
     ema        the running mean, when kept
     best       as it was at the best evaluation
     NAME       any mark: live.mark("teacher")
+
+Several players of a step may each have a `Live` of their own on one base (a critic beside the policy). At rest the modules are the first
+one's; `at` shows the one that is asked, its tensors and pieces in place and the others' away, but for the one it stands `on`, which it sees
+as it is now and does not train.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,7 +74,8 @@ class Param:
 class Trained:
     """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change. around: what is no change of a
     weight, by the name its addition has in the delta ("lm/path:what"); `additions` gives those, and the part's `rebuild` hangs them
-    on a base again. terms: what its modules add to every loss, each like a regularizer (protocols.py), asked right after the objective so
+    on a base again. heads: modules that read the last hidden state (nn/heads.py), by name; they are no part of what the model says.
+    terms: what its modules add to every loss, each like a regularizer (protocols.py), asked right after the objective so
     that what they left in the context's streams is of the objective's own forward.
     before_step(progress), after_step(progress): around the optimizer's step. reselect(progress): after it, the new entries of
     those packed parameters whose mask moves now, by name; the optimizer's state moves with them. What of the delta is no linear
@@ -79,6 +84,7 @@ class Trained:
     params: list[Param] = field(default_factory=list)
     pieces: dict[str, tuple[nn.Module, Piece]] = field(default_factory=dict)
     around: dict[str, tuple[nn.Module, Around]] = field(default_factory=dict)
+    heads: dict[str, nn.Module] = field(default_factory=dict)
     terms: list[Any] = field(default_factory=list)
     before_step: Callable[[Any], None] | None = None
     after_step: Callable[[Any], None] | None = None
@@ -115,17 +121,26 @@ class View:
 
 
 class Live:
-    def __init__(self, base: Any, parts: list[Trained]):
+    """company: the trainables of this step on this base, this one added; empty: it is the first. on: the one it sees underneath. Any but
+    the first is built inside `twins(base)`, so that what it trains is its own."""
+
+    def __init__(self, base: Any, parts: list[Trained], company: list[Live] | None = None, on: Live | None = None):
         self.base, self.parts = base, parts
-        self.switch = Switch()
+        self.company, self.on = company if company is not None else [], on
+        first = not self.company
+        self.switch = Switch(on=first)
+        self.heads = {name: head for part in parts for name, head in part.heads.items()}
         self.params = _by_name(parts)
         self.versions: dict[str, dict[str, Tensor]] = {}
         self._where = self._locations()
         _refuse_tied(base, parts)
+        self.company.append(self)
         self._detach = [attach(module, piece, self.switch) for part in parts for module, piece in part.attached()]
-        for name, module in base.parameters():
+        for name, module in base.parameters() if first else ():
             module.requires_grad_(name in self.params)
-        for p in self.params.values():
+        for name, p in self.params.items():
+            if not first and name in self._where:
+                p.held.data = p.held.data.clone()  # a twin shares its memory with the first one's
             p.tensor.requires_grad_(True)
         known = dict(base.parameters())
         for name, collect in (item for part in parts for item in part.through.items()):
@@ -170,6 +185,30 @@ class Live:
     @contextmanager
     def at(self, version: str = "live") -> Iterator[nn.Module]:
         """The model as `version`. Inside, calls see that version's tensors; outside, the live ones again."""
+        pure = version == "base" or (version == "start" and "start" not in self.versions)
+        with self._alone(None if pure else self.on), self._at(version) as model:
+            yield model
+
+    @contextmanager
+    def _alone(self, on: Live | None) -> Iterator[None]:
+        """Show this trainable on the modules of the base, and the one it stands on; the others as if they were not."""
+        if len(self.company) == 1:
+            yield
+            return
+        with ExitStack() as stack:
+            for other in self.company:
+                if other is not self:
+                    stack.enter_context(other._off())
+                    stack.enter_context(other._with(other.start))
+            if on is not None:
+                stack.enter_context(on._off(False))
+                stack.enter_context(on._with({n: p.held.detach() for n, p in on.params.items()}))
+            stack.enter_context(self._off(False))
+            stack.enter_context(self._with({n: p.held for n, p in self.params.items() if n in self.start}))
+            yield
+
+    @contextmanager
+    def _at(self, version: str) -> Iterator[nn.Module]:
         if version == "live":
             yield self.model
         elif version == "base":
@@ -186,8 +225,8 @@ class Live:
                 yield self.model
 
     @contextmanager
-    def _off(self) -> Iterator[None]:
-        was, self.switch.on = self.switch.on, False
+    def _off(self, off: bool = True) -> Iterator[None]:
+        was, self.switch.on = self.switch.on, not off
         try:
             yield
         finally:
@@ -210,13 +249,11 @@ class Live:
         if name not in self.params:
             return []
         tensor = self.params[name].tensor
-        for part in self.parts:
-            for _, piece in part.attached():
-                for module in piece.modules():
-                    for key, held in module._parameters.items():
-                        if held is tensor:
-                            self._where[name] = [(module._parameters, key)]
-                            return self._where[name]
+        for module in (m for part in self.parts for own in (*(p for _, p in part.attached()), *part.heads.values()) for m in own.modules()):
+            for key, held in module._parameters.items():
+                if held is tensor:
+                    self._where[name] = [(module._parameters, key)]
+                    return self._where[name]
         return []
 
     def tensors(self, version: str = "live") -> dict[str, Tensor]:
@@ -328,3 +365,19 @@ def _refuse_tied(base: Any, parts: list[Trained]) -> None:
         other = next(n for n in tied[name] if n != name)
         mend = f"it is tied to {other}, so an adapter on it could not be merged; leave it out of `targets`, or train the tensor itself"
         raise UserError("targets", name, f"{mend} (select.full with only)")
+
+
+@contextmanager
+def twins(base: Any) -> Iterator[None]:
+    """Inside, every parameter of the base is another one that shares its memory: a trainable built here leaves those of the first alone."""
+    undo = []
+    try:
+        for name, p in list(base.parameters()):
+            twin = nn.Parameter(p.detach(), requires_grad=False)
+            for table, key in base.slots(name):
+                undo.append((table, key, table[key]))
+                table[key] = twin
+        yield
+    finally:
+        for table, key, old in reversed(undo):
+            table[key] = old

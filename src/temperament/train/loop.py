@@ -3,11 +3,12 @@
     for each step:
         batches  = stream.batch(step)                        the whole effective batch, the same on every process
         for each player whose kind of batch came:
-            whole  = objective.prepare(batch)                once: references, advantages, matching
-            counts = objective.counts(whole) + ...           known before the first backward
-            for each micro-batch of my rows:
-                backward( sum_t  weight_t * sum_t / count_t )
-            add up over processes, check that it is finite, clip, step
+            whole  = objective.prepare(batch)                once: references, advantages, matching; what it fills in, later players see
+            for each of objective.updates(whole):            one, unless it takes several steps on what was sampled once
+                counts = objective.counts(whole) + ...       known before the first backward
+                for each micro-batch of my rows:
+                    backward( sum_t  weight_t * sum_t / count_t )
+                add up over processes, check that it is finite, clip, step
 
 A term is a sum and its count belongs to the whole batch, so the gradient does not depend on how the rows were split over
 micro-batches, padding, packing or processes: that is the exactness law, and it holds by construction.
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temperament.errors import UserError, WorkFailed
+from temperament.errors import UserError, WorkFailed, nearest
 from temperament.nn.batch import Batch
 from temperament.nn.context import context
 from temperament.nn.draws import Address
@@ -55,6 +56,16 @@ class Views:
         """The same as something to call: what `score(..., kl(view))` takes."""
         player, _, version = version.rpartition(":")
         return (self.others[player] if player else self.live).view(version)
+
+    def head(self, name: str) -> torch.nn.Module:
+        """A head of this player ("value") or of another ("critic:value"); it reads nn/heads.py's `states`."""
+        player, _, name = name.rpartition(":")
+        if player and player not in self.others:
+            raise UserError("players", player, f"no player is called so; {nearest(player, self.others)}")
+        heads = (self.others[player] if player else self.live).heads
+        if name not in heads:
+            raise UserError("head", name, f"{player or 'the player'} has no such head; add adapters.value_head to its trainable")
+        return heads[name]
 
     @torch.no_grad()
     def precompute(self, version: str, whole: Batch, fn: Callable[[torch.nn.Module, Batch], Tensor]) -> Tensor:
@@ -95,11 +106,30 @@ class Accumulated:
 
 def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, micro: int) -> Accumulated:
     """Forward and backward of one whole batch: leaves d(loss)/d(parameters) in .grad, summed over processes."""
+    with player.live.at("live"):
+        out = accumulate(player, objective, prepared(player, objective, whole, progress), progress, micro)
+    _reduce(player)
+    return out
+
+
+def prepared(player: Player, objective: Any, whole: Batch, progress: Progress) -> Batch:
+    """The whole batch as the objective wants it."""
+    player.views.progress = progress
+    objective = at(objective, progress)
+    return objective.prepare(whole, player.views) if hasattr(objective, "prepare") else whole
+
+
+def updates(player: Player, objective: Any, whole: Batch, progress: Progress) -> list[Batch]:
+    """The batches of the optimizer steps that a prepared one is taken in."""
+    objective = at(objective, progress)
+    return objective.updates(whole, player.views) if hasattr(objective, "updates") else [whole]
+
+
+def accumulate(player: Player, objective: Any, whole: Batch, progress: Progress, micro: int) -> Accumulated:
+    """Forward and backward of a prepared batch: adds this process's share of d(loss)/d(parameters) to .grad."""
     views, world = player.views, player.views.world
-    views.progress = progress
     objective = at(objective, progress)
     regularizers = [at(r, progress) for r in player.regularizers]
-    whole = objective.prepare(whole, views) if hasattr(objective, "prepare") else whole
     regularizers = [*(t for part in player.live.parts for t in part.terms), *regularizers]
     each = [objective, *(r for r in regularizers if r.per == "batch")]
     for r in regularizers:
@@ -131,7 +161,6 @@ def run_batch(player: Player, objective: Any, whole: Batch, progress: Progress, 
         for name, term in zip(_named({n: t.count for n, t in terms.items()}, whole_counts).values(), terms.values(), strict=True):
             world.backward(term.value * (term.weight / max(term.count, 1) / world.size))
             sums[name], weights[name], whole_counts[name] = float(term.value.detach()), term.weight, max(term.count, 1)
-    _reduce(player, world)
     out.terms = {n: sums[n] / whole_counts[n] for n in sums if whole_counts[n]}
     out.loss = sum(weights[n] * v for n, v in out.terms.items() if weights[n])
     return out
@@ -198,9 +227,10 @@ def _agreed(weights: dict[str, float], rows: int, world: World) -> dict[str, flo
     return {n: total[n] / max(total[""], 1.0) for n in weights}
 
 
-def _reduce(player: Player, world: World) -> None:
-    """Add up the gradients of all processes. A tensor that no process used keeps no gradient, as with one process."""
-    params = player.live.params
+def _reduce(player: Player) -> None:
+    """Add up the gradients of all processes: once for each optimizer step, whatever was accumulated in it. A tensor that no process used
+    keeps no gradient, as with one process."""
+    params, world = player.live.params, player.views.world
     if world.scale != 1:
         for p in params.values():
             if p.tensor.grad is not None:
@@ -286,24 +316,29 @@ def train(
             if step < player.from_step or step % player.every:
                 continue
             prefix = "" if len(players) == 1 else f"{player.name}/"
-            touched = False
-            for batch in batches:
-                objective = player.objectives.get(type(batch).__name__)
-                if objective is None:
-                    continue
-                got = run_batch(player, objective, batch, progress, micro)
-                if not math.isfinite(got.loss):
-                    raise WorkFailed(_explain(player, objective, batch, progress, step, got.loss))
-                touched = True
-                row["loss"] += got.loss
-                row.setdefault("terms", {}).update({f"{prefix}{n}": v for n, v in got.terms.items()})
-                row["tokens"] = row.get("tokens", 0) + got.tokens
-            if touched:
-                norm = grad_norm(player)
-                if not math.isfinite(norm):
-                    raise WorkFailed(_explain(player, objective, batch, progress, step, norm, what="gradient norm"))
-                row[f"{prefix}grad_norm"] = norm
-                row[f"{prefix}lr"] = update(player, progress, norm)
+            work: list[tuple[Any, list[Batch]]] = []
+            with player.live.at("live"):
+                for batch in batches:
+                    objective = player.objectives.get(type(batch).__name__)
+                    if objective is not None:
+                        work.append((objective, updates(player, objective, prepared(player, objective, batch, progress), progress)))
+                times = max((len(wholes) for _, wholes in work), default=0)
+                for k in range(times):
+                    for objective, whole in [(o, wholes[k]) for o, wholes in work if k < len(wholes)]:
+                        got = accumulate(player, objective, whole, progress, micro)
+                        if not math.isfinite(got.loss):
+                            raise WorkFailed(_explain(player, objective, whole, progress, step, got.loss))
+                        row["loss"] += got.loss / times
+                        terms = row.setdefault("terms", {})
+                        for n, v in got.terms.items():
+                            terms[f"{prefix}{n}"] = terms.get(f"{prefix}{n}", 0.0) + v / times
+                        row["tokens"] = row.get("tokens", 0) + got.tokens
+                    _reduce(player)
+                    norm = grad_norm(player)
+                    if not math.isfinite(norm):
+                        raise WorkFailed(_explain(player, objective, whole, progress, step, norm, what="gradient norm"))
+                    row[f"{prefix}grad_norm"] = norm
+                    row[f"{prefix}lr"] = update(player, progress, norm)
         if hasattr(stream, "feedback"):
             row |= stream.feedback(batches, row) or {}
         row["seconds"] = time.perf_counter() - began
@@ -319,7 +354,6 @@ def _explain(player: Player, objective: Any, whole: Batch, progress: Progress, s
     objective = at(objective, progress)
     bad, culprit = [], ""
     try:
-        whole = objective.prepare(whole, player.views) if hasattr(objective, "prepare") else whole
         for i, one in enumerate(whole.split(1)):
             terms = objective.loss(one.to(player.views.world.device), player.views) if hasattr(objective, "loss") else {}
             if any(not torch.isfinite(t.value).all() for t in terms.values()):

@@ -1,0 +1,59 @@
+"""[094] S3FT: training on one's own right answers, where there are any, teaches as much as the given ones and moves the model less.
+
+Task: sums worked out step by step, which the lab base half knows; the given answers are worked in an unusual notation. Both arms: the same rows, the
+same steps, each at its own best rate. Compared: divergence from the base on retained skills, at no lower accuracy.
+"""
+
+import json
+
+from temperament.bases import worlds
+from temperament.run.claims import Claim
+
+SUITE = {"evaluate.lab": {"target": "workout", "retained": ["add", "subtract", "add-steps", "sort", "people"]}}
+RATES = [1e-4, 3e-4]
+
+
+def unusual(answer: str) -> str:
+    return answer.replace("; ", " | ").replace("+", " and ").replace("=", " is ").replace(" c", " carry ")
+
+
+def given(folder, seed: int, rows: int = 600) -> str:
+    path = folder / f"given-{seed}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    items = worlds.skill("workout").items("train", rows, seed)
+    path.write_text("".join(json.dumps({"prompt": i.prompt, "completion": unusual(i.answer)}) + "\n" for i in items))
+    return str(path)
+
+
+def recipe(arm: str, rate: float, path: str) -> dict:
+    rows = {"data.file": {"path": path, "holdout": 0}}
+    build = {"name": "own", "build": {"builder": {"data.s3ft": {"rows": rows, "retries": 4, "max_new": 60}}}}
+    train = {
+        "source": rows if arm == "sft" else {"data.file": {"path": "own", "holdout": 0}},
+        "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 10}}}},
+        "batch": 16,
+        "steps": 120,
+    }
+    steps = [*([build] if arm == "s3ft" else []), {"name": "train", "train": train}]
+    aides = {"judge": {"aides.match": {"by": "number"}}}
+    return {"base": "lab/lm", "aides": aides, "steps": steps, "evaluation": {"items": 100, "keep": False, "suites": [SUITE]}}
+
+
+def run(seed, lab):
+    path = given(lab.folder, seed)
+    arms = {arm: lab.best(arm, lambda rate, arm=arm: recipe(arm, rate, path), RATES, seed) for arm in ("s3ft", "sft")}
+    return {"method": arms["s3ft"], "baseline": arms["sft"]}
+
+
+claim = Claim(
+    paper="094",
+    title="Selective Self-to-Supervised Fine-Tuning for Generalization in Large Language Models",
+    says="Training on one's own right answers keeps the model nearer to what it was, at no lower accuracy.",
+    parts=("data.s3ft", "aides.match"),
+    measure="kl",
+    better="lower",
+    baseline="SFT on the given answers, equal steps, its own best rate",
+    within=(("target", 0.01),),
+    seeds=(0, 1, 2, 3, 4),
+    run=run,
+)

@@ -1,0 +1,57 @@
+"""[217] ReLIFT: reinforcement alone never solves what no sample solves; supervision on just those questions does, and needs few demonstrations.
+
+Task: the new procedure `shift`, which the lab base never answers rightly (hard), beside sums it half knows (easy). Arms: ReLIFT; reinforcement alone.
+Compared: held-out accuracy on the hard task. Beside it: how many demonstrations ReLIFT took, and the easy task.
+"""
+
+import json
+
+from temperament.run.claims import Claim
+
+ROWS = {"data.lab": {"skills": ["shift", "workout"], "rows": 600}}
+STEPS = 40
+SUITE = {"evaluate.lab": {"target": "shift", "retained": ["workout", "add", "reverse", "people"]}}
+
+
+def recipe(due: int, rate: float) -> dict:
+    sample = {"rollout.sample": {"prompts": ROWS, "rewards": ["rewards.lab"], "group": 8, "max_new": 44}}
+    train = {
+        "source": {"rollout.relift": {"rollout": sample, "demonstrations": ROWS, "due": due}},
+        "objective": {"objectives.policy.grpo": {"scale": False, "per": "constant", "max_new": 44}},
+        "optimizer": {"optim.adamw": {"lr": 3e-5}},
+        "batch": 64,
+        "micro": 64,
+        "steps": STEPS,
+        "players": {"teach": {"objective": {"Tokens": "objectives.sft.cross_entropy"}, "optimizer": {"optim.adamw": {"lr": rate}}}},
+    }
+    return {"base": "lab/lm", "steps": [{"name": "relift", "train": train}], "evaluation": {"items": 100, "keep": False, "suites": [SUITE]}}
+
+
+def shown(lab, name: str, seed: int) -> int:
+    lines = (lab.folder / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()
+    return max((json.loads(line).get("demonstrations", 0) for line in lines), default=0)
+
+
+def run(seed, lab):
+    method = lab.best("relift", lambda rate: recipe(8, rate), [3e-4, 6e-4], seed)
+    baseline = lab.tune("rl", recipe(10**6, 3e-4), seed)
+    easy = lambda numbers: numbers["skills"]["workout"]["after"]
+    return {
+        "method": method | {"workout": easy(method), "demonstrations": shown(lab, "relift", seed)},
+        "baseline": baseline | {"workout": easy(baseline)},
+    }
+
+
+claim = Claim(
+    paper="217",
+    title="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
+    says="Supervision interleaved on the questions all samples fail solves what reinforcement alone cannot, with few demonstrations.",
+    parts=("rollout.relift", "objectives.policy.grpo"),
+    measure="target",
+    better="higher",
+    baseline="the same run with a buffer that never fills: reinforcement alone",
+    within=(("workout", 0.1),),
+    seeds=(0, 1, 2, 3, 4),
+    run=run,
+    note="`demonstrations` is how many of the 600 questions were ever shown with their answer",
+)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from temperament.parts import part
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@part("aides.match", modalities=("text",))
+@dataclass(frozen=True)
+class Match:
+    """A judge that compares an output with the expected answer: the same text, the answer within the text, or the same last number.
+
+    Asked {"prompt", "answer", "output"}, it says whether the output is as good as the answer. White space apart; parses, never evaluates.
+    """
+
+    role: ClassVar = "judge"
+    by: Literal["text", "contains", "number"] = "text"  # what must agree
+
+    def ask(self, requests: Sequence[Mapping[str, Any]]) -> list[bool]:
+        return [self._same(str(r["output"]), str(r["answer"])) for r in requests]
+
+    def _same(self, output: str, answer: str) -> bool:
+        said, want = " ".join(output.split()), " ".join(answer.split())
+        if self.by == "number":
+            last = lambda text: (NUMBER.findall(text) or [None])[-1]
+            return last(want) is not None and last(said) == last(want)
+        return bool(want) and (want in said if self.by == "contains" else said == want)
