@@ -1,0 +1,5 @@
+"""`python -m temperament` is `temper`."""
+
+from temperament.cli import main
+
+main()
