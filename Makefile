@@ -15,7 +15,7 @@ test: $(VENV)/.test
 
 bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_lm tokenizer
-	for base in lm lm-small lm-instruct; do \
+	for base in lm lm-small lm-instruct lm-large; do \
 	  $(BIN)/python -m temperament.bases.train_lm $$base --work runs/bases --resume && \
 	  $(BIN)/python -m temperament.bases.install_lm $$base --work runs/bases \
 	    $$([ $$base = lm ] && echo --version early=early --version half=half) || exit 1; done

@@ -11,7 +11,7 @@ from temperament.run.claims import Claim
 from temperament.run.dial import dial
 from temperament.run.recipe import Dial, read
 from temperament.run.state import place_on
-from temperament.run.tune import skills_of
+from temperament.run.skills import skills_of
 
 STRENGTHS = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 LEVELS = [0.1 * k for k in range(1, 9)]  # targets at which the curves are compared

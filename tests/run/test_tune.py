@@ -12,7 +12,7 @@ from tiny import seed, write_rows
 from temperament.bases.load import load
 from temperament.delta import Delta
 from temperament.errors import UserError, WorkFailed
-from temperament.run import tune as module
+from temperament.run.skills import Skills
 from temperament.run.tune import tune
 
 SUITE = [{"evaluate.lab": {"target": "shift", "retained": ["copy", "add"], "items": 3}}]
@@ -217,7 +217,7 @@ def test_best_is_the_best_look(base, tmp_path, monkeypatch):
         state["n"] += 1
         return {"target": values[state["n"]]}
 
-    monkeypatch.setattr(module.Skills, "look", look)
+    monkeypatch.setattr(Skills, "look", look)
     spec = lambda steps, **o: recipe(train("a", steps=steps, optimizer={"optim.sgd": {"lr": 0.1}}, ledger=False, save={"steps": 1}, **o), evaluation={"base": False, "every": 1})
     best = tune(spec(4, keep="best"), tmp_path / "best", base=base)
     state["n"] = 0
@@ -242,9 +242,9 @@ def test_best_is_the_best_look(base, tmp_path, monkeypatch):
 
 
 def test_a_stop_looks_the_right_way(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.Skills, "look", lambda self, live, items, watched=None: {"target": 0.7, "text": 0.7})
+    monkeypatch.setattr(Skills, "look", lambda self, live, items, watched=None: {"target": 0.7, "text": 0.7})
     for skill, reach, less, steps in (("target", 0.6, set(), 1), ("target", 0.8, set(), 3), ("text", 0.6, {"text"}, 3), ("text", 0.8, {"text"}, 1)):
-        monkeypatch.setattr(module.Skills, "less", lambda self, less=less: less)
+        monkeypatch.setattr(Skills, "less", lambda self, less=less: less)
         spec = recipe(train("a", steps=3, ledger=False, stop={"skill": skill, "reach": reach, "every": 1}),
                       suites=[*SUITE, {"evaluate.lab": {"retained": ["text"], "items": 2}}], evaluation={"base": False})  # fmt: skip
         run = tune(spec, tmp_path / f"{skill}{reach}", base=base)
@@ -363,3 +363,39 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(base, tmp_path, lim
     begun = (tmp_path / "r" / "run.json").exists()
     run = tune(spec, tmp_path / "r", base=base, resume=begun)
     assert run.json["status"] == "done" and run.delta.digest == tune(spec, tmp_path / "w", base=base).delta.digest
+
+
+def test_trackers_are_told_what_the_log_holds(base, tmp_path, monkeypatch):
+    """A tracker that only remembers, in the place of one that is not installed."""
+    from accelerate import tracking
+
+    told, ended = [], []
+
+    class Remember(tracking.GeneralTracker):
+        name, requires_logging_directory, main_process_only = "trackio", False, True
+        tracker = None
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step=None, **kwargs):
+            told.append((step, values))
+
+        def finish(self):
+            ended.append(True)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Remember)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TRACKIO])
+    recipe = {"base": "lab/lm", "log_with": "trackio", "steps": [train("sft")], "evaluation": {"suites": SUITE, "keep": False}}
+    run = tune(recipe, tmp_path / "run", base=base)
+    rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    options, losses = told[0], {step: v["sft/loss"] for step, v in told[1:] if "sft/loss" in v}
+    assert options["base"] == "lab/lm" and options["steps.0.train.steps"] == 2
+    assert losses == {r["step"]: r["loss"] for r in rows if "loss" in r} and len(losses) == 2
+    assert [step for step, v in told[1:] if "ledger/shift" in v] == [0, 1] and ended == [True]
+    for name, sentence in (("wandb", "pip install wandb"), ("wandv", "'wandb'")):
+        with pytest.raises(UserError, match=sentence):
+            tune(recipe | {"log_with": name}, tmp_path / name, base=base)

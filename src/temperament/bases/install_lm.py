@@ -150,13 +150,10 @@ def install(name: str, work: Path, versions: dict[str, str]) -> None:
             f"{k} {100 * v:.0f} %" for k, v in scores.items()
         )
     plan = json.loads((source / "plan.json").read_text())
-    start = plan["start"]
-    if start:
-        model = LlamaForCausalLM.from_pretrained(home, dtype=torch.float32)
-        as_delta(start, home)
-        measured = measure(model, tokenizer, name, work / "text.json")
-    else:
-        measured = measure(LlamaForCausalLM.from_pretrained(home, dtype=torch.float32), tokenizer, name, work / "text.json")
+    shipped = LlamaForCausalLM.from_pretrained(home, dtype=torch.float32)
+    if plan["start"] and PLANS[plan["start"]].layers == plan["layers"]:  # a deeper one shares no change with what it grew from
+        as_delta(plan["start"], home)
+    measured = measure(shipped, tokenizer, name, work / "text.json")
     (home / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     (home / "README.md").write_text(card(name, plan, measured, model.num_parameters(), said), encoding="utf-8")
 

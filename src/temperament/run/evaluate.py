@@ -13,7 +13,7 @@ from temperament.protocols import Suite
 from temperament.run import recipe as schema
 from temperament.run.ledger import Ledger
 from temperament.run.reopen import subject
-from temperament.run.tune import Skills, skills_of
+from temperament.run.skills import Skills, skills_of
 
 
 def evaluate(

@@ -441,6 +441,6 @@ def cheapest(recipe: Recipe, meta: Base, world: World, available: int) -> str:
 
 
 def _trains(recipe: Recipe) -> list[Step]:
-    from temperament.run.tune import walk_steps
+    from temperament.run.recipe import walk_steps
 
     return [s for s in walk_steps(recipe.steps) if s.train]

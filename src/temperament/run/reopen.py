@@ -13,7 +13,8 @@ from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder
 from temperament.run.export import read_folder
 from temperament.run.state import place_on
-from temperament.run.tune import Run, Skills, skills_of
+from temperament.run.skills import Skills, skills_of
+from temperament.run.tune import Run
 
 
 def subject(model: Any, device: str = "auto", trust_remote_code: bool = False) -> Base:

@@ -10,7 +10,7 @@ from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.run import recipe as schema
 from temperament.run.dial import _Some
-from temperament.run.tune import skills_of
+from temperament.run.skills import skills_of
 
 AWAY = 10_007  # added to a suite's seed: other items than the ledger's
 

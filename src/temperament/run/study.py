@@ -16,7 +16,8 @@ from typing import Any
 from temperament.errors import UserError
 from temperament.run.artefacts import Folder, address
 from temperament.run.recipe import Recipe
-from temperament.run.tune import environment, skills_of, tune
+from temperament.run.skills import skills_of
+from temperament.run.tune import environment, tune
 from temperament.train.checkpoint import write_atomic
 
 

@@ -10,31 +10,47 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+
+from temperament.errors import UserError, nearest
 
 COMPUTE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class World:
-    def __init__(self, compute: str = "fp32", log_with: str | None = None, project_dir: str | None = None, device: str = "auto"):
+    def __init__(self, compute: str = "fp32", log_with: str | None = None, device: str = "auto"):
         wanted = COMPUTE[compute]
+        if log_with is not None and log_with not in map(str, get_available_trackers()):
+            known = log_with in LOGGER_TYPE_TO_CLASS
+            mend = f"it is not installed: pip install {log_with}" if known else f"no such tracker; {nearest(log_with, LOGGER_TYPE_TO_CLASS)}"
+            raise UserError("log_with", log_with, mend)
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
             AcceleratorState._reset_state()  # a second run of one Python process may compute in another dtype
-        # On a machine without a GPU Accelerate joins processes only when told that they are CPU processes; else each would train alone.
+        # Without a GPU Accelerate joins processes only when told that they are CPU processes; else each would train alone.
         cpu = device == "cpu" or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
-        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, project_dir=project_dir, cpu=cpu)
+        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, cpu=cpu)
         self.scale = 1024.0 if wanted == "fp16" else 1.0  # keeps small gradients of activations in the range of fp16
 
     rank = property(lambda self: self.accelerator.process_index)
     size = property(lambda self: self.accelerator.num_processes)
     main = property(lambda self: self.accelerator.is_main_process)
     device = property(lambda self: self.accelerator.device)
+
+    def track(self, folder: Path, options: dict[str, Any]) -> None:
+        """Open the trackers; local ones write below `folder`."""
+        self.accelerator.project_configuration.set_directories(str(folder))
+        self.accelerator.init_trackers("temperament", config=options)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.accelerator.log(values, step=step)
 
     @contextmanager
     def autocast(self):
