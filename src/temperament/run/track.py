@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from temperament.parts import plain
@@ -21,12 +20,12 @@ Tell = Callable[..., None]
 
 
 @contextmanager
-def tracked(world: World, recipe: Recipe, folder: Path, tell: Tell) -> Iterator[Tell]:
+def tracked(world: World, recipe: Recipe, tell: Tell) -> Iterator[Tell]:
     """`tell`, which also tells the trackers; they are closed however the run ends."""
     if not recipe.log_with:
         yield tell
         return
-    world.track(folder, _flat(plain(recipe)))
+    world.track(_flat(plain(recipe)))
     rows = 0
 
     def both(event: str, **data: Any) -> None:

@@ -67,13 +67,13 @@ def tune(
 ) -> Run:
     """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its name."""
     recipe = schema.read(recipe, overrides)
-    world = World(recipe.precision.compute, recipe.log_with, device=recipe.device)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
+    world = World(recipe.precision.compute, recipe.log_with, recipe.device, out)
     folder = Folder(out, write=world.main)
     before = _opened(folder, world, resume, fresh)
     if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
         tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
-    with folder.alone(), tracked(world, recipe, folder.path, tell) as tell:
+    with folder.alone(), tracked(world, recipe, tell) as tell:
         return _Tuning(recipe, folder, world, base, tell).run()
 
 

@@ -26,7 +26,7 @@ COMPUTE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class World:
-    def __init__(self, compute: str = "fp32", log_with: str | None = None, device: str = "auto"):
+    def __init__(self, compute: str = "fp32", log_with: str | None = None, device: str = "auto", folder: Path | None = None):
         wanted = COMPUTE[compute]
         if log_with is not None and log_with not in map(str, get_available_trackers()):
             known = log_with in LOGGER_TYPE_TO_CLASS
@@ -36,7 +36,7 @@ class World:
             AcceleratorState._reset_state()  # a second run of one Python process may compute in another dtype
         # Without a GPU Accelerate joins processes only when told that they are CPU processes; else each would train alone.
         cpu = device == "cpu" or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
-        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, cpu=cpu)
+        self.accelerator = Accelerator(mixed_precision=wanted, log_with=log_with, project_dir=folder, cpu=cpu)
         self.scale = 1024.0 if wanted == "fp16" else 1.0  # keeps small gradients of activations in the range of fp16
 
     rank = property(lambda self: self.accelerator.process_index)
@@ -44,9 +44,8 @@ class World:
     main = property(lambda self: self.accelerator.is_main_process)
     device = property(lambda self: self.accelerator.device)
 
-    def track(self, folder: Path, options: dict[str, Any]) -> None:
-        """Open the trackers; local ones write below `folder`."""
-        self.accelerator.project_configuration.set_directories(str(folder))
+    def track(self, options: dict[str, Any]) -> None:
+        """Open the trackers; local ones write below the folder that was given."""
         self.accelerator.init_trackers("temperament", config=options)
 
     def log(self, values: dict[str, float], step: int) -> None:
