@@ -34,6 +34,7 @@ from temperament.errors import UserError, WorkFailed
 from temperament.nn import draws, forward
 from temperament.nn.batch import Tokens
 from temperament.nn.forward import Model
+from temperament.nn.joint import joint
 from temperament.nn.logprobs import inverse_cdf
 
 Finish = Literal["eos", "stop", "length", "hook"]
@@ -189,6 +190,8 @@ def generate(
             stack.enter_context(forward.evaluating(forward.module_of(m)))
         if not grad:
             stack.enter_context(torch.no_grad())
+            for m in models.values():
+                stack.enter_context(joint(m))
         for start in range(0, count, batch):
             rows = order[start : start + batch]
             pick = lambda values, rows=rows: [values[i] for i in rows]
