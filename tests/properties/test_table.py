@@ -13,7 +13,7 @@ from tiny import rng
 from temperament import parts, protocols
 from temperament.protocols import Progress
 from temperament.train import checkpoint
-from temperament.train.live import Param
+from temperament.train.trained import Param
 
 ALL = [pytest.param(name, o, id=f"{name}-{i}") for name, options in TABLE.items() for i, o in enumerate(options)]
 

@@ -19,7 +19,7 @@ from temperament.parts import part
 from temperament.protocols import Term
 from temperament.run.check import check
 from temperament.run.recipe import Recipe, Step
-from temperament.train.live import Trained
+from temperament.train.trained import Trained
 from temperament.train.world import World
 from tests.train.rows import BOS, END, Rows, Stream, base_of, spec
 

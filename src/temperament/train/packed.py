@@ -11,13 +11,12 @@ cannot move. A mask may move: `repack` takes the optimizer's state along, by a r
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from temperament.train.live import Param
+from temperament.train.trained import Param
 
 
 def values_at(weight: Tensor, entries: Tensor) -> nn.Parameter:

@@ -12,7 +12,7 @@ from temperament.methods.optim.adamw import AdamW
 from temperament.methods.select.full import Full
 from temperament.methods.select.lift import Lift
 from temperament.nn import linalg
-from temperament.train.live import Param
+from temperament.train.trained import Param
 from temperament.train.packed import repack, values_at
 from tests.methods.drive import carried_out, fresh, killed, laws, recipe, steps, tiny
 

@@ -11,7 +11,7 @@ from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.pieces import Around, Piece, Under
 from temperament.parts import part, plain
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 
 class Scaled(Piece):

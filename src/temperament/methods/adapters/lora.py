@@ -13,7 +13,7 @@ from temperament.nn import context, draws
 from temperament.nn.pieces import Piece, Under
 from temperament.parts import part
 from temperament.protocols import Start
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 
 class LoRAPiece(Piece):

@@ -17,7 +17,7 @@ from temperament.nn.draws import Address
 from temperament.nn.pieces import Around, Under
 from temperament.parts import part, plain
 from temperament.protocols import Term, Terms
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 STREAM = "adapters.mixlora"  # where a forward leaves (router probabilities, chosen experts, real tokens) of each layer
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn")

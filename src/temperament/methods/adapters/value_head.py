@@ -9,7 +9,7 @@ from torch import nn
 from temperament.errors import UserError
 from temperament.nn import forward
 from temperament.parts import part
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 
 @part("adapters.value_head", papers=["213"], modalities=("text",))

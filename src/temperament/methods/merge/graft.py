@@ -11,7 +11,7 @@ from temperament.errors import UserError
 from temperament.methods.merge._learned import add_grad, differences, keep_originals
 from temperament.nn import linalg
 from temperament.parts import part
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 
 @part("merge.graft", papers=["061"])

@@ -10,7 +10,7 @@ from temperament.delta import Dense
 from temperament.delta.depth import block_of
 from temperament.methods.merge._learned import add_grad, differences, keep_originals
 from temperament.parts import part
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 
 @part("merge.soup_learned", papers=["120"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from temperament.parts import part
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 
 @part("select.full")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.parts import part
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 
 CATEGORIES = {"q": "attention", "k": "attention", "v": "attention", "o": "attention", "qkv": "attention", "kv": "attention",
               "gate": "mlp", "up": "mlp", "down": "mlp", "gate_up": "mlp"}  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from temperament.errors import UserError
 from temperament.nn import draws, linalg
 from temperament.parts import part
-from temperament.train.live import Param, Trained
+from temperament.train.trained import Param, Trained
 from temperament.train.packed import values_at
 
 

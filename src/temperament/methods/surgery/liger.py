@@ -12,7 +12,7 @@ from temperament.nn.attention import Attend, Edit, Site, sites_at
 from temperament.nn.context import intervening
 from temperament.nn.pieces import Around, Under
 from temperament.parts import part, plain
-from temperament.train.live import Trained
+from temperament.train.trained import Trained
 
 CHUNK = 16  # tokens whose decays are compared pair by pair
 
