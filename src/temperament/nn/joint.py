@@ -3,11 +3,10 @@
     with joint(model):          weights must not change in place inside
         ...                     every call of the first of a group computes all of it, the others take their share
 
-A small product costs as much for being called as for its sums: at 64 rows of width 192 one product of 512 columns runs at half the
-speed of one of 1,024. Which maps read one tensor is not guessed from names: it is seen once for each model, on a tiny forward.
-A group whose weights would take more than LARGEST bytes as a copy is left alone, and so is every map with a piece or a hook on it. While
-another version's weights hang on a map, it computes with those.
-"""
+A small product costs as much for being called as for its sums: at 64 rows of width 192 one product of 512 columns runs at
+half the speed of one of 1,024. Which maps read one tensor is not guessed from names: it is seen once for each model, on a
+tiny forward. A group whose weights would take more than LARGEST bytes as a copy is left alone, and so is every map with a
+piece or a hook on it. While another version's weights hang on a map, it computes with those."""
 
 from __future__ import annotations
 

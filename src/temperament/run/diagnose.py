@@ -39,7 +39,8 @@ def diagnose(base: str, tuned: str, with_: Sequence[Any] = ("diagnose.intruder_d
 
 
 def weights(base: Base, delta: Delta, diagnoses: Mapping[str, Any]) -> dict[str, Any]:
-    """What changed, by layer and kind of matrix: |W' - W| / |W|, with the effective rank and intruders where they were diagnosed."""
+    """What changed, by layer and kind of matrix: |W' - W| / |W|, with the effective rank and intruders where they were
+    diagnosed."""
     import torch
 
     known = {r["place"]: r for d in diagnoses.values() for r in d.get("rows", ()) if "place" in r}

@@ -1,8 +1,8 @@
 """The skills of a run: what its suites measure, measured on whatever the base's modules are at the moment, and kept.
 
-    skills = skills_of(recipe, base)
-    results, cached = skills.measure(path, key, tell)       every item of every skill; from `path` where `key` says it is the same
-    skills.look(live, 100)                                  means on a few items, while training
+skills = skills_of(recipe, base)
+results, cached = skills.measure(path, key, tell)       every item of every skill; from `path` where `key` says it is the same
+skills.look(live, 100)                                  means on a few items, while training
 """
 
 from __future__ import annotations
@@ -75,13 +75,17 @@ class Skills:
         by: dict[str, list[Outcome]] = {s.name: [] for s in self.skills}
         for o in outcomes:
             by[o.skill].append(o)
-        return {s.name: SkillResult(s.name, s.role, s.metric, tuple(by[s.name]), distance=s.distance, **s.how) for s in self.skills}
+        return {
+            s.name: SkillResult(s.name, s.role, s.metric, tuple(by[s.name]), distance=s.distance, **s.how) for s in self.skills
+        }
 
     def look(self, live: Any, items: int, watched: Iterable[str] | None = None) -> dict[str, float]:
         """Means on a few items while training: each watched skill, and "target", the mean of the target skills."""
         for m in self.base.components.values():
             m.eval()
-        wanted = [s for s in self.skills if watched is None or s.name in watched or (s.role == "target" and "target" in watched)]
+        wanted = [
+            s for s in self.skills if watched is None or s.name in watched or (s.role == "target" and "target" in watched)
+        ]
         values = {}
         for s in wanted:
             some = s.some(items) if items else s
@@ -144,7 +148,9 @@ def skills_of(recipe: schema.Recipe, base: Base) -> Skills:
     made = [skill for suite in suites for skill in suite.skills(ctx)]
     targets = {s.name for s in made if s.role == "target"}
     made = [s for s in made if s.role == "target" or s.name not in targets]
-    return Skills(list({(s.name, s.role, s.key()): s for s in reversed(made)}.values())[::-1], recipe, base)  # the same thing twice is once
+    return Skills(
+        list({(s.name, s.role, s.key()): s for s in reversed(made)}.values())[::-1], recipe, base
+    )  # the same thing twice is once
 
 
 def default_suites(source: Any) -> list[Any]:

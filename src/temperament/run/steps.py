@@ -4,9 +4,8 @@
     state = steps.do(step, state)
     steps.states   what each step left, by name         steps.book   what was measured after each
 
-A kind of step is a method `do_KIND(job)` that carries it out and gives the change it made and what its artefact tells. Finished steps are
-taken from the run folder by their key, so an interrupted or edited run does only what is new.
-"""
+A kind of step is a method `do_KIND(job)` that carries it out and gives the change it made and what its artefact tells.
+Finished steps are taken from the run folder by their key, so an interrupted or edited run does only what is new."""
 
 from __future__ import annotations
 
@@ -49,7 +48,9 @@ class Job:
 
 
 class Steps:
-    def __init__(self, recipe: schema.Recipe, base: Base, skills: Skills, folder: Folder, world: World, tell: Tell, after: After):
+    def __init__(
+        self, recipe: schema.Recipe, base: Base, skills: Skills, folder: Folder, world: World, tell: Tell, after: After
+    ):
         self.recipe, self.base, self.skills, self.folder, self.world, self.tell = recipe, base, skills, folder, world, tell
         self.after = after  # each step
         self.states = {"base": State(address("base", base.sha256))}
@@ -89,7 +90,9 @@ class Steps:
         self.cost["tokens"] += artefact.get("tokens", 0)
         self.cost["seconds"] += artefact["seconds"]
         told = {k: artefact[k] for k in ("steps", "tokens", "stopped", "rows") if k in artefact}
-        self.done.append({"name": step.name, "kind": step.kind, "key": key, "cached": cached, "seconds": artefact["seconds"], **told})
+        self.done.append(
+            {"name": step.name, "kind": step.kind, "key": key, "cached": cached, "seconds": artefact["seconds"], **told}
+        )
         self.tell("done", name=step.name, cached=cached, seconds=artefact["seconds"])
         if step.train:
             self.book.learned |= dict.fromkeys(taught_by(spec.source, self.skills), step.name)
@@ -109,7 +112,7 @@ class Steps:
         stage = start.stage + 1 if job.step.train else 0
         return State(job.key, change if change is not None else Delta.load(job.place / "delta"), job.place, start.data, stage)
 
-    # -- the kinds ----------------------------------------------------------------------------------------------------------------
+    # -- the kinds ---------------------------------------------------------------------------------------------------------
 
     def do_measure(self, job: Job) -> tuple[None, dict[str, Any]]:
         return None, {}
@@ -120,7 +123,9 @@ class Steps:
         # Every stage has draws of its own: order, halves, first values, samples.
         first = start.stage == job.round == 0
         seed = self.recipe.seed if first else draws.key(self.recipe.seed, "stage", start.stage, job.round) & 0x7FFFFFFF
-        ctx = replace(self.context(job), seed=seed, batch=spec.batch, micro=spec.micro, folder=job.place / "scratch", key=job.key)
+        ctx = replace(
+            self.context(job), seed=seed, batch=spec.batch, micro=spec.micro, folder=job.place / "scratch", key=job.key
+        )
         watched = [spec.stop.skill] if spec.stop else None
         look = lambda live, items: self.skills.look(live, items, watched if items else None)
         peak = peak_memory()
@@ -173,7 +178,7 @@ class Steps:
         return Context(self.base, self.world, self.recipe.seed, round=job.round, aides=self.recipe.aides,
                        inference=self.recipe.inference, artefacts=left, before=before, tell=self.tell)  # fmt: skip
 
-    # -- rounds -------------------------------------------------------------------------------------------------------------------
+    # -- rounds ------------------------------------------------------------------------------------------------------------
 
     def rounds(self, step: schema.Step, start: State, outer: int = 0) -> State:
         state, spec = start, step.rounds
@@ -195,10 +200,10 @@ class Steps:
                 last = value
         return state
 
-    # -- what a step can name -------------------------------------------------------------------------------------------------------
+    # -- what a step can name ----------------------------------------------------------------------------------------------
 
     def scope(self, name: str) -> dict[str, State]:
-        """The steps a step can name: all before it, and what rounds have done without their number - the last one of that name."""
+        """The steps a step can name: all before it, and what rounds have done, without their number: the last one."""
         return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
 
     def state_of(self, step: schema.Step) -> State:
@@ -221,7 +226,9 @@ class Steps:
         read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
         for name in read:
             if name not in known:
-                raise UserError(step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}")
+                raise UserError(
+                    step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}"
+                )
         keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
         if step.build:
             return [keys, parts.plain([self.recipe.inference, self.recipe.aides])]

@@ -1,8 +1,8 @@
 """Trackers: what a run tells of itself, sent on to those that `log_with` names (tensorboard, wandb, mlflow, ... by Accelerate).
 
-    STEP/loss  STEP/rate  STEP/norm ...     each optimizer step of the recipe's step STEP, at the number of that update
-    STEP/skill/NAME                         each look at a skill while training
-    ledger/SKILL                            each row of the ledger, in order
+STEP/loss  STEP/rate  STEP/norm ...     each optimizer step of the recipe's step STEP, at the number of that update
+STEP/skill/NAME                         each look at a skill while training
+ledger/SKILL                            each row of the ledger, in order
 """
 
 from __future__ import annotations

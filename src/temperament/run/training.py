@@ -47,9 +47,9 @@ NOISE = ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "
 
 
 def quiet_training(component: nn.Module) -> None:
-    """The mode a base is trained in: its own noise off. Its dropout draws by call order, which no split, resume or world size would
-    repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by address. Only modules that
-    recompute their activations are told that they train: most architectures ask for that."""
+    """The mode a base is trained in: its own noise off. Its dropout draws by call order, which no split, resume or world
+    size would repeat, and BatchNorm would couple the batch and move its statistics. Parts that want noise draw it by
+    address. Only modules that recompute their activations are told that they train: most architectures ask for that."""
     component.eval()
     for module in component.modules():
         if getattr(module, "gradient_checkpointing", False):
@@ -60,11 +60,15 @@ def quiet_training(component: nn.Module) -> None:
 
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
-    """The main player `policy`, then the further ones, in the order of the recipe. prepare: let parts look at the data first."""
+    """The main player `policy`, then the further ones in their order. prepare: let parts look at the data first."""
     company: list[Live] = []
     live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare), company)
     if not live.params:
-        raise UserError("train.trainable", [type(t).part_name for t in spec.trainable], "nothing is trained; widen the selection or add an adapter")
+        raise UserError(
+            "train.trainable",
+            [type(t).part_name for t in spec.trainable],
+            "nothing is trained; widen the selection or add an adapter",
+        )
     others: dict[str, Live] = {"policy": live}
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
     ctx.live, ctx.views = live, views
@@ -80,7 +84,8 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
             with twins(ctx.base):
                 own = Live(ctx.base, _built(more.trainable, name, spec, ctx, prepare), company, others.get(more.on))
         others[name] = own
-        its = _player(name, own, more.optimizer, more.objective, more.regularizers, Views(own, ctx.world, spec.micro, ctx.seed, others), spec, ctx)
+        views = Views(own, ctx.world, spec.micro, ctx.seed, others)
+        its = _player(name, own, more.optimizer, more.objective, more.regularizers, views, spec, ctx)
         its.every, its.from_step = more.every, more.from_step
         its.ema = its.ema if own is not live else None  # one mean of one trainable
         players.append(its)
@@ -107,7 +112,11 @@ def prepared(part: Any, slot: str, spec: Train, ctx: Context) -> dict[str, Tenso
     found = part.prepare(ctx.base, ctx, _batches(spec, ctx))
     if kept is not None and found and ctx.world.main:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.detach().cpu().contiguous() for n, t in found.items()}, part_file := kept.with_suffix(".part"), {"key": ctx.key})
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in found.items()},
+            part_file := kept.with_suffix(".part"),
+            {"key": ctx.key},
+        )
         os.replace(part_file, kept)
     return found
 
@@ -122,7 +131,9 @@ def _batches(spec: Train, ctx: Context) -> Iterator[Batch]:
         yield from got if isinstance(got, list) else [got]
 
 
-def _player(name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context) -> Player:
+def _player(
+    name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context
+) -> Player:
     needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
@@ -160,8 +171,8 @@ def run_train(
     every: int = 0,
     less: Container[str] = (),
 ) -> Trained:
-    """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress; of the skills in `less`
-    less is better."""
+    """Train, resumably. look(live, items) measures the skills watched while training; tell reports progress; of the skills
+    in `less` less is better."""
     with in_training(spec, ctx) as players:
         return _trained(spec, ctx, players, folder, name, key, look, tell, every, less)
 
@@ -187,13 +198,26 @@ def in_training(spec: Train, ctx: Context):
 
 
 def _trained(
-    spec: Train, ctx: Context, players: list[Player], folder: Folder, name: str, key: str, look: Callable, tell: Callable, every: int, less: Container[str]
+    spec: Train,
+    ctx: Context,
+    players: list[Player],
+    folder: Folder,
+    name: str,
+    key: str,
+    look: Callable,
+    tell: Callable,
+    every: int,
+    less: Container[str],
 ) -> Trained:
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
     kinds = {k for p in players for k in p.objectives}
     if not kinds & set(stream_kinds := getattr(stream, "yields", None) or spec.source.yields):
-        raise UserError(f"{name}.train.objective", sorted(kinds), f"the source yields {', '.join(stream_kinds)}; choose an objective for that")
+        raise UserError(
+            f"{name}.train.objective",
+            sorted(kinds),
+            f"the source yields {', '.join(stream_kinds)}; choose an objective for that",
+        )
     place, live = folder.path / "checkpoints" / name.replace("/", "."), players[0].live
     start, memory = _take_up(place, key, players, stream, tell)
     folder.log_cut(name, start)
@@ -241,7 +265,9 @@ def _trained(
         if (due or late or halt) and done < total:
             save(done)
         if halt and done < total and not stopped:
-            raise Interrupted(f"Interrupted after step {done} of {total} of {name!r}; everything is saved. Go on with --resume.")
+            raise Interrupted(
+                f"Interrupted after step {done} of {total} of {name!r}; everything is saved. Go on with --resume."
+            )
         return bool(stopped)
 
     done = start
@@ -260,7 +286,7 @@ def _trained(
 
 @contextlib.contextmanager
 def listening():
-    """An event set by Ctrl-C (and SIGTERM): the loop ends its step, saves, and says how to go on. A second Ctrl-C ends at once."""
+    """An event set by Ctrl-C (and SIGTERM): the loop ends its step, saves, says how to go on. A second one ends at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

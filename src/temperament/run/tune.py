@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
@@ -65,7 +66,8 @@ def tune(
     base: Base | None = None,
     tell: Tell = lambda event, **data: None,
 ) -> Run:
-    """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its name."""
+    """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its
+    name."""
     recipe = schema.read(recipe, overrides)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     world = World(recipe.precision.compute, recipe.log_with, recipe.device, out)
@@ -78,7 +80,8 @@ def tune(
 
 
 def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str, Any]:
-    """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has just written."""
+    """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has
+    just written."""
     before, problem = {}, None
     if world.main:
         try:
@@ -87,7 +90,9 @@ def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str
             problem = raised
     before, sentence, code = world.same((before, str(problem or ""), getattr(problem, "exit_code", 0)))
     if sentence:
-        raise problem or (UserError("--out", str(folder.path), "the main process refused it") if code == 2 else WorkFailed(sentence))
+        raise problem or (
+            UserError("--out", str(folder.path), "the main process refused it") if code == 2 else WorkFailed(sentence)
+        )
     return before
 
 
@@ -132,10 +137,8 @@ class _Tuning:
 
     def close(self, status: str, why: str) -> None:
         self.json |= {"status": status, "error": why}
-        try:
+        with suppress(WorkFailed):  # a full disk may be what is being reported
             self.folder.save_run(self.json)
-        except WorkFailed:
-            pass  # a full disk is what is being reported
 
     def prepare(self) -> None:
         """Load the base, ask the suites for their skills, plan, check exactness on this model and data."""
@@ -143,7 +146,9 @@ class _Tuning:
         if self.base is None:
             self.tell("phase", name="load", text=recipe.base)
             device = self.world.device if recipe.device == "auto" else recipe.device
-            self.base = load(recipe.base, dtype=recipe.precision.master, device=device, trust_remote_code=recipe.trust_remote_code)
+            self.base = load(
+                recipe.base, dtype=recipe.precision.master, device=device, trust_remote_code=recipe.trust_remote_code
+            )
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
         self.folder.save_run(self.json)
         self.skills = skills_of(recipe, self.base)
@@ -162,7 +167,8 @@ class _Tuning:
                 self.tell("check", check=self.json["check"])
 
     def measure_base(self, steps: Steps) -> None:
-        """The base on its own; and with the recipe's inference parts, where it has some. Constants: the user's cache keeps them."""
+        """The base on its own; and with the recipe's inference parts, where it has some. Constants: the user's cache keeps
+        them."""
         self.tell("phase", name="base", text="measuring the base")
         of = address(self.base.sha256)
         for row, skills in (("base", self.skills.alone()), *([("inference", self.skills)] if self.recipe.inference else [])):
@@ -207,5 +213,6 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {p: metadata.version(p) for p in ("torch", "transformers", "accelerate", "safetensors", "numpy")}
-    return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None, **versions}  # fmt: skip
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return machine | {"threads": torch.get_num_threads(), "cuda": cuda, **versions}

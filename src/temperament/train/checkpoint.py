@@ -2,9 +2,8 @@
 
     checkpoints/step-000120/{state.json, live.safetensors, optimizer.safetensors, source.safetensors}
 
-Written to a hidden folder beside, flushed, then renamed: a reader sees a whole checkpoint or none. state.json carries the sha256 of
-every file, so a damaged one is noticed and the one before is used. No pickle anywhere.
-"""
+Written to a hidden folder beside, flushed, then renamed: a reader sees a whole checkpoint or none. state.json carries the
+sha256 of every file, so a damaged one is noticed and the one before is used. No pickle anywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +34,9 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
-        raise WorkFailed(f"{path} could not be written ({problem.strerror}); free space or choose another --out, then resume with --resume.") from None
+        raise WorkFailed(
+            f"{path} could not be written ({problem.strerror}); free space or choose another --out, then resume with --resume."
+        ) from None
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int = 2) -> Path:
@@ -62,7 +63,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(part, ignore_errors=True)
         reason = getattr(problem, "strerror", None) or str(problem)
-        raise WorkFailed(f"checkpoint {target} could not be written ({reason}); the one before it is whole: free space, then resume with --resume.") from None
+        mend = "the one before it is whole: free space, then resume with --resume."
+        raise WorkFailed(f"checkpoint {target} could not be written ({reason}); {mend}") from None
     for old in sorted(p for p in folder.glob("step-*") if p != target)[: -(max(keep, 1) - 1) or None]:
         shutil.rmtree(old, ignore_errors=True)
     for old in folder.glob(".step-*.part"):
@@ -71,8 +73,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """The newest checkpoint that is whole, and why newer ones were passed over (state["damaged"]); None when there is none at all,
-    a state without a step when none is whole."""
+    """The newest checkpoint that is whole, and why newer ones were passed over (state["damaged"]); None when there is none
+    at all, a state without a step when none is whole."""
     damaged = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:

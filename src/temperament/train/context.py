@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """batch, micro: rows of an optimizer step, rows of a forward. live, views: the main player, once it is built (a source may generate
-    with it). artefacts: folders of earlier steps, and files of rows that were built, by name. round: number of the round this step is in;
-    before: what this same step left in the round before. folder: scratch that is kept with the step; key: address of what makes the
-    step. prepared: what the part now being built learnt from the data. tell: event sink for progress that takes long."""
+    """batch, micro: rows of an optimizer step, rows of a forward. live, views: the main player, once it is built (a source
+    may generate with it). artefacts: folders of earlier steps, and files of rows that were built, by name. round: number of
+    the round this step is in; before: what this same step left in the round before. folder: scratch that is kept with the
+    step; key: address of what makes the step. prepared: what the part now being built learnt from the data. tell: event sink
+    for progress that takes long."""
 
     base: Base
     world: World

@@ -1,9 +1,9 @@
 """What the optimizer sees, and the versions it holds.
 
-A trainable part builds a `Trained`: parameter records, the pieces it attached, and how its change reads as a delta. `Live` is one or
-several of them on one base. Every *version* is a set of tensors of the trained parameters; `live.at("start")` runs the same modules
-with another version's tensors in place - by pointer, never by copying into live parameters, so several versions may take part in
-one autograd graph:
+A trainable part builds a `Trained`: parameter records, the pieces it attached, and how its change reads as a delta. `Live` is
+one or several of them on one base. Every *version* is a set of tensors of the trained parameters; `live.at("start")` runs the
+same modules with another version's tensors in place - by pointer, never by copying into live parameters, so several versions
+may take part in one autograd graph:
 
     base       the model before any step: pieces off, original tensors
     start      as this step began (after SFT it is the SFT model): the default reference
@@ -12,10 +12,9 @@ one autograd graph:
     best       as it was at the best evaluation
     NAME       any mark: live.mark("teacher")
 
-Several players of a step may each have a `Live` of their own on one base (a critic beside the policy). At rest the modules are the first
-one's; `at` shows the one that is asked, its tensors and pieces in place and the others' away, but for the one it stands `on`, which it sees
-as it is now and does not train.
-"""
+Several players of a step may each have a `Live` of their own on one base (a critic beside the policy). At rest the modules
+are the first one's; `at` shows the one that is asked, its tensors and pieces in place and the others' away, but for the one
+it stands `on`, which it sees as it is now and does not train."""
 
 from __future__ import annotations
 
@@ -37,7 +36,8 @@ from temperament.train.trained import Param, Trained
 
 @dataclass(frozen=True)
 class View:
-    """A version of the model as something to call; `active()` makes it the current one for a while (what `score` and `generate` take)."""
+    """A version of the model as something to call; `active()` makes it the current one for a while (what `score` and `generate`
+    take)."""
 
     holder: Any  # a Live or a Base: anything with at(version) and model
     version: str = "live"
@@ -55,8 +55,8 @@ class View:
 
 
 class Live:
-    """company: the trainables of this step on this base, this one added; empty: it is the first. on: the one it sees underneath. Any but
-    the first is built inside `twins(base)`, so that what it trains is its own."""
+    """company: the trainables of this step on this base, this one added; empty: it is the first. on: the one it sees
+    underneath. Any but the first is built inside `twins(base)`, so that what it trains is its own."""
 
     def __init__(self, base: Any, parts: list[Trained], company: list[Live] | None = None, on: Live | None = None):
         self.base, self.parts = base, parts
@@ -81,12 +81,13 @@ class Live:
             self._detach.append(known[name].requires_grad_(True).register_post_accumulate_grad_hook(collect).remove)
         self._packed = [p for p in self.params.values() if p.dense is not None]
         self._detach += [packed.gather(p).remove for p in self._packed]
-        # What the base's own tensors were: what `start` is, what `base` is where no earlier step changed them, what resets them.
+        # What the base's own tensors were: what `start` is, what `base` is where no earlier step changed them, what resets
+        # them.
         self.start = {n: p.held.detach().clone() for n, p in self.params.items() if n in self._where}
         for name, tensor in self.start.items():
             base.originals.setdefault(name, tensor)
 
-    # -- the model ------------------------------------------------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, component: str) -> nn.Module:
         return self.base.components[component]
@@ -107,7 +108,7 @@ class Live:
                         found.setdefault(mine[id(tensor)], []).append((module._parameters, key))
         return found
 
-    # -- versions -------------------------------------------------------------------------------------------------------------
+    # -- versions ----------------------------------------------------------------------------------------------------------
 
     def mark(self, version: str) -> None:
         """Remember the trained tensors as they are now."""
@@ -183,7 +184,9 @@ class Live:
         if name not in self.params:
             return []
         tensor = self.params[name].tensor
-        for module in (m for part in self.parts for own in (*(p for _, p in part.attached()), *part.heads.values()) for m in own.modules()):
+        for module in (
+            m for part in self.parts for own in (*(p for _, p in part.attached()), *part.heads.values()) for m in own.modules()
+        ):
             for key, held in module._parameters.items():
                 if held is tensor:
                     self._where[name] = [(module._parameters, key)]
@@ -202,7 +205,7 @@ class Live:
             raise UserError("version", version, f"the trainable holds {', '.join(['base', 'start', *self.versions])}")
         return {n: held[n] for n in own}
 
-    # -- around a step ----------------------------------------------------------------------------------------------------------
+    # -- around a step -----------------------------------------------------------------------------------------------------
 
     def before_step(self, progress: Any) -> None:
         for part in self.parts:
@@ -222,7 +225,7 @@ class Live:
             for name, entries in (part.reselect(progress) if part.reselect else {}).items():
                 packed.repack(self.params[name], entries, state)
 
-    # -- what it leaves ---------------------------------------------------------------------------------------------------------
+    # -- what it leaves ----------------------------------------------------------------------------------------------------
 
     def delta(self) -> Delta:
         """The change since this step began, as expressions on the weights it began with."""
@@ -281,7 +284,8 @@ class Live:
 
 
 def _by_name(parts: list[Trained]) -> dict[str, Param]:
-    """Every trained tensor by its name. Where two adapters stand on one weight the later one's tensors get the number of the part."""
+    """Every trained tensor by its name. Where two adapters stand on one weight the later one's tensors get the number of the
+    part."""
     params: dict[str, Param] = {}
     for i, part in enumerate(parts):
         taken = {p.name for p in part.params if p.name in params and params[p.name].tensor is not p.tensor}
@@ -297,13 +301,14 @@ def _refuse_tied(base: Any, parts: list[Trained]) -> None:
     tied = {name: group for group in base.places.tied() for name in group} if any(part.pieces for part in parts) else {}
     for name in (n for part in parts for n in part.pieces if n in tied):
         other = next(n for n in tied[name] if n != name)
-        mend = f"it is tied to {other}, so an adapter on it could not be merged; leave it out of `targets`, or train the tensor itself"
-        raise UserError("targets", name, f"{mend} (select.full with only)")
+        why = f"it is tied to {other}, so an adapter on it could not be merged"
+        raise UserError("targets", name, f"{why}; leave it out, or train the tensor itself (select.full with only)")
 
 
 @contextmanager
 def twins(base: Any) -> Iterator[None]:
-    """Inside, every parameter of the base is another one that shares its memory: a trainable built here leaves those of the first alone."""
+    """Inside, every parameter of the base is another one that shares its memory: a trainable built here leaves those of the
+    first alone."""
     undo = []
     try:
         for name, p in list(base.parameters()):

@@ -3,7 +3,7 @@
     for each step:
         batches  = stream.batch(step)                        the whole effective batch, the same on every process
         for each player whose kind of batch came:
-            whole  = objective.prepare(batch)                once: references, advantages, matching; what it fills in, later players see
+            whole  = objective.prepare(batch)                once: references, advantages, matching; later players see it
             for each of objective.updates(whole):            one, unless it takes several steps on what was sampled once
                 counts = objective.counts(whole) + ...       known before the first backward
                 for each micro-batch of my rows:
@@ -64,7 +64,9 @@ class Views:
             raise UserError("players", player, f"no player is called so; {nearest(player, self.others)}")
         heads = (self.others[player] if player else self.live).heads
         if name not in heads:
-            raise UserError("head", name, f"{player or 'the player'} has no such head; add adapters.value_head to its trainable")
+            raise UserError(
+                "head", name, f"{player or 'the player'} has no such head; add adapters.value_head to its trainable"
+            )
         return heads[name]
 
     @torch.no_grad()
@@ -141,7 +143,8 @@ def accumulate(player: Player, objective: Any, whole: Batch, progress: Progress,
     sums: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     weights: dict[str, float] = dict.fromkeys(whole_counts, 0.0)
     mine = whole.shard(world.rank, world.size)
-    # Every module that draws (dropout) finds its address here; the token's example and position are added where tokens are scored.
+    # Every module that draws (dropout) finds its address here; the token's example and position are added where tokens are
+    # scored.
     address = Address(views.seed, "forward", progress.step, torch.empty(0, dtype=torch.long))
     for terms in _forward(each, names, objective, mine, views, micro, address):
         total = None
@@ -158,7 +161,9 @@ def accumulate(player: Player, objective: Any, whole: Batch, progress: Progress,
     sums, weights = world.total(sums), _agreed(weights, len(mine), world)
     for r in (r for r in regularizers if r.per == "step"):
         terms = r.loss(None, views)
-        for name, term in zip(_named({n: t.count for n, t in terms.items()}, whole_counts).values(), terms.values(), strict=True):
+        for name, term in zip(
+            _named({n: t.count for n, t in terms.items()}, whole_counts).values(), terms.values(), strict=True
+        ):
             world.backward(term.value * (term.weight / max(term.count, 1) / world.size))
             sums[name], weights[name], whole_counts[name] = float(term.value.detach()), term.weight, max(term.count, 1)
     out.terms = {n: sums[n] / whole_counts[n] for n in sums if whole_counts[n]}
@@ -167,7 +172,7 @@ def accumulate(player: Player, objective: Any, whole: Batch, progress: Progress,
 
 
 def _named(counts: dict[str, float], taken: dict[str, float]) -> dict[str, str]:
-    """A part's own term names -> names in the loss, its counts noted in `taken`: of two terms called "kl" the second is "kl-2"."""
+    """A part's own term names -> names in the loss, its counts noted in `taken`: of two called "kl" the second is "kl-2"."""
     names = {}
     for name, count in counts.items():
         names[name] = next(n for n in (name, *(f"{name}-{k}" for k in range(2, len(taken) + 3))) if n not in taken)
@@ -175,9 +180,12 @@ def _named(counts: dict[str, float], taken: dict[str, float]) -> dict[str, str]:
     return names
 
 
-def _forward(each: list, names: list[dict[str, str]], objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> Iterator[Terms]:
-    """The terms of every micro-batch. A coupled objective runs twice: statistics without gradient, then the same statistics again
-    with the gradient the couple asks for - the exact gradient of a loss that is not a sum over examples, under any split."""
+def _forward(
+    each: list, names: list[dict[str, str]], objective: Any, mine: Batch, views: Views, micro: int, address: Address
+) -> Iterator[Terms]:
+    """The terms of every micro-batch. A coupled objective runs twice: statistics without gradient, then the same statistics
+    again with the gradient the couple asks for - the exact gradient of a loss that is not a sum over examples, under any
+    split."""
     device = views.world.device
     coupling = _couple(objective, mine, views, micro, address) if hasattr(objective, "statistics") else None
     for k, part in enumerate(mine.split(micro)):
@@ -196,10 +204,13 @@ def _forward(each: list, names: list[dict[str, str]], objective: Any, mine: Batc
 
 
 def _couple(objective: Any, mine: Batch, views: Views, micro: int, address: Address) -> dict[str, tuple[Term, Tensor | None]]:
-    """The terms of a coupled loss over all rows of all processes, each with d(term)/d(statistics) of my rows (None: no gradient)."""
+    """The terms of a coupled loss over all rows of all processes, each with d(term)/d(statistics) of my rows (None: no
+    gradient)."""
     world = views.world
     with torch.no_grad(), world.autocast(), context(draws=address):
-        rows = [r for part in mine.split(micro) for r in objective.statistics(part.to(world.device), views).float().cpu().unbind(0)]
+        rows = [
+            r for part in mine.split(micro) for r in objective.statistics(part.to(world.device), views).float().cpu().unbind(0)
+        ]
     count = int(world.total({"rows": float(len(rows))})["rows"])
     everything = torch.stack(world.gather_rows(rows, count)).requires_grad_(True)
     found: dict[str, tuple[Term, Tensor | None]] = {}
@@ -211,7 +222,7 @@ def _couple(objective: Any, mine: Batch, views: Views, micro: int, address: Addr
 
 
 def _share(term: Term, again: Tensor, wanted: Tensor | None, here: slice, first: bool) -> Term:
-    """What one micro-batch gives to a coupled term: its gradient through the statistics; the value counts once, with the first."""
+    """What one micro-batch gives to a coupled term: its gradient through the statistics; the value counts once."""
     value = term.value.to(again) * first
     if wanted is not None:
         moved = (again * wanted[here].to(again)).sum()
@@ -228,8 +239,8 @@ def _agreed(weights: dict[str, float], rows: int, world: World) -> dict[str, flo
 
 
 def _reduce(player: Player) -> None:
-    """Add up the gradients of all processes: once for each optimizer step, whatever was accumulated in it. A tensor that no process used
-    keeps no gradient, as with one process."""
+    """Add up the gradients of all processes: once for each optimizer step, whatever was accumulated in it. A tensor that no
+    process used keeps no gradient, as with one process."""
     params, world = player.live.params, player.views.world
     if world.scale != 1:
         for p in params.values():
@@ -298,9 +309,9 @@ def train(
     after: Callable[[int], bool] = lambda done: False,
     round: int = 0,
 ) -> int:
-    """Steps `start`..`total`-1. `record(row)` gets one dict a step; `after(steps done)` may checkpoint and evaluate, and ends the
-    training by returning True. Returns the number of steps done. A loss that is not finite raises WorkFailed *before* the
-    parameters are touched, naming the rows."""
+    """Steps `start`..`total`-1. `record(row)` gets one dict a step; `after(steps done)` may checkpoint and evaluate, and
+    ends the training by returning True. Returns the number of steps done. A loss that is not finite raises WorkFailed
+    *before* the parameters are touched, naming the rows."""
     per_epoch = getattr(stream, "steps_per_epoch", None)
     for step in range(start, total):
         progress = Progress(step, total, epoch=step / per_epoch if per_epoch else 0.0, round=round)
@@ -310,7 +321,9 @@ def train(
         kinds = {type(b).__name__ for b in batches}
         if not any(kinds & set(p.objectives) for p in players):  # it would go through the data and learn nothing
             wanted = ", ".join(k for p in players for k in p.objectives)
-            raise UserError("train.objective", wanted, f"the source gave {', '.join(sorted(kinds))}; choose an objective for that")
+            raise UserError(
+                "train.objective", wanted, f"the source gave {', '.join(sorted(kinds))}; choose an objective for that"
+            )
         row: dict[str, Any] = {"step": step + 1, "loss": 0.0}
         for player in players:
             if step < player.from_step or step % player.every:
@@ -321,7 +334,9 @@ def train(
                 for batch in batches:
                     objective = player.objectives.get(type(batch).__name__)
                     if objective is not None:
-                        work.append((objective, updates(player, objective, prepared(player, objective, batch, progress), progress)))
+                        work.append(
+                            (objective, updates(player, objective, prepared(player, objective, batch, progress), progress))
+                        )
                 times = max((len(wholes) for _, wholes in work), default=0)
                 for k in range(times):
                     for objective, whole in [(o, wholes[k]) for o, wholes in work if k < len(wholes)]:
@@ -349,7 +364,9 @@ def train(
 
 
 @torch.no_grad()
-def _explain(player: Player, objective: Any, whole: Batch, progress: Progress, step: int, value: float, what: str = "loss") -> str:
+def _explain(
+    player: Player, objective: Any, whole: Batch, progress: Progress, step: int, value: float, what: str = "loss"
+) -> str:
     """Which rows of the batch are not finite on their own, and the likely cause, in a sentence."""
     objective = at(objective, progress)
     bad, culprit = [], ""
@@ -362,13 +379,16 @@ def _explain(player: Player, objective: Any, whole: Batch, progress: Progress, s
         culprit = f" (a row could not be re-run: {problem})"
     dead = [n for n, p in player.live.params.items() if not torch.isfinite(p.tensor).all()]
     if dead:
-        likely = f"{len(dead)} trained tensors are already not finite (first: {dead[0]}): the base or an earlier step is damaged"
+        likely = (
+            f"{len(dead)} trained tensors are already not finite (first: {dead[0]}): the base or an earlier step is damaged"
+        )
     elif bad and len(bad) < len(whole):
         likely = "these rows hold values the model cannot score: look at them with `temper data`"
     else:
         likely = "the learning rate is too high for this objective: lower optimizer.lr, or add warm-up or clipping"
     rows = ", ".join(_row_name(whole, i) for i in bad[:8]) or "none alone"
-    return f"{what} became {value} at step {step + 1}; rows that are not finite alone: {rows}{culprit}; likely cause: {likely}. The last good state is kept: resume with --resume."
+    where = f"{what} became {value} at step {step + 1}; rows that are not finite alone: {rows}{culprit}"
+    return f"{where}; likely cause: {likely}. The last good state is kept: resume with --resume."
 
 
 def _row_name(whole: Batch, i: int) -> str:

@@ -18,12 +18,11 @@ class Param:
     """A trained tensor and what optimizers and regularizers may want to know of it.
 
     name: "lm/model.layers.0.mlp.up_proj.weight", or "lm/....up_proj.weight:A" inside an adapter. role: "weight", "bias", or the
-    adapter's own ("A", "B", "magnitude"). partner: name of the other factor. depth: block number, None outside the blocks. base: the
-    tensor it changes, None for new ones. lr_factor: of the step's rate.
+    adapter's own ("A", "B", "magnitude"). partner: name of the other factor. depth: block number, None outside the blocks.
+    base: the tensor it changes, None for new ones. lr_factor: of the step's rate.
 
-    A *packed* parameter trains some entries of `dense`, a weight of the base: tensor (k,) holds the values at the flat positions
-    `entries` (k,), and moves says what becomes of the optimizer's state when the entries move (train/packed.py).
-    """
+    A *packed* parameter trains some entries of `dense`, a weight of the base: tensor (k,) holds the values at the flat
+    positions `entries` (k,), and moves says what becomes of the optimizer's state when the entries move (train/packed.py)."""
 
     name: str
     tensor: nn.Parameter
@@ -51,14 +50,14 @@ class Param:
 
 @dataclass
 class Trained:
-    """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change. around: what is no change of a
-    weight, by the name its addition has in the delta ("lm/path:what"); `additions` gives those, and the part's `rebuild` hangs them
-    on a base again. heads: modules that read the last hidden state (nn/heads.py), by name; they are no part of what the model says.
-    terms: what its modules add to every loss, each like a regularizer (protocols.py), asked right after the objective so
-    that what they left in the context's streams is of the objective's own forward.
-    before_step(progress), after_step(progress): around the optimizer's step. reselect(progress): after it, the new entries of
-    those packed parameters whose mask moves now, by name; the optimizer's state moves with them. What of the delta is no linear
-    piece comes from `changes` and `additions`."""
+    """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change. around: what is no
+    change of a weight, by the name its addition has in the delta ("lm/path:what"); `additions` gives those, and the part's
+    `rebuild` hangs them on a base again. heads: modules that read the last hidden state (nn/heads.py), by name; they are no
+    part of what the model says. terms: what its modules add to every loss, each like a regularizer (protocols.py), asked
+    right after the objective so that what they left in the context's streams is of the objective's own forward.
+    before_step(progress), after_step(progress): around the optimizer's step. reselect(progress): after it, the new entries
+    of those packed parameters whose mask moves now, by name; the optimizer's state moves with them. What of the delta is no
+    linear piece comes from `changes` and `additions`."""
 
     params: list[Param] = field(default_factory=list)
     pieces: dict[str, tuple[nn.Module, Piece]] = field(default_factory=dict)
@@ -72,7 +71,8 @@ class Trained:
     load: Callable[[dict[str, Tensor]], None] | None = None
     changes: Callable[[], dict[str, Change]] | None = None
     additions: Callable[[], dict[str, Any]] | None = None
-    # Weights of the base that are a function of what is trained: the part sets them, and each gradient is handed to it once whole.
+    # Weights of the base that are a function of what is trained: the part sets them, and each gradient is handed to it once
+    # whole.
     through: dict[str, Callable[[Tensor], None]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)  # e.g. {"peft": {...}}: how a format others read names it
 

@@ -30,7 +30,11 @@ class World:
         wanted = COMPUTE[compute]
         if log_with is not None and log_with not in map(str, get_available_trackers()):
             known = log_with in LOGGER_TYPE_TO_CLASS
-            mend = f"it is not installed: pip install {log_with}" if known else f"no such tracker; {nearest(log_with, LOGGER_TYPE_TO_CLASS)}"
+            mend = (
+                f"it is not installed: pip install {log_with}"
+                if known
+                else f"no such tracker; {nearest(log_with, LOGGER_TYPE_TO_CLASS)}"
+            )
             raise UserError("log_with", log_with, mend)
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
             AcceleratorState._reset_state()  # a second run of one Python process may compute in another dtype
