@@ -53,7 +53,8 @@ def digits(x: float) -> str:
     if abs(x) >= 1e6 or abs(x) < 1e-3:
         mantissa, exponent = f"{x:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
-    return f"{x:,.0f}".replace("-", MINUS) if abs(x) >= 100 else f"{x:.3g}".replace("-", MINUS)
+    text = f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:#.3g}".rstrip(".")
+    return text.replace("-", MINUS)
 
 
 def level(x: float | None, unit: str = "points") -> str:
