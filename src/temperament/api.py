@@ -89,7 +89,8 @@ def _load(spec: schema.Recipe) -> Base:
     from temperament.bases.load import load
     from temperament.run.reopen import where
 
-    return load(spec.base, dtype=spec.precision.master, device=where(spec.device), trust_remote_code=spec.trust_remote_code)
+    how = {"dtype": spec.precision.master, "device": where(spec.device), "trust_remote_code": spec.trust_remote_code}
+    return load(spec.base, own=True, **how)
 
 
 def dial(

@@ -1,7 +1,8 @@
 """A base: named components with their processors, and who they are.
 
     lab/lm, lab/lm@half     ships with the package (a version after the @)
-    path/to/folder          transformers layout; a run folder or an adapter folder is loaded as its base with its delta applied
+    path/to/folder          transformers layout
+    runs/first, adapters/a  what was made on a base (bases/kept.py): loaded as that base with the change applied, or as a base of its own
     org/name                a Hugging Face id, where a hub is reachable
     an nn.Module            in Python
 
@@ -11,7 +12,6 @@ weights of training); nothing but safetensors is read, and remote code stays off
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from temperament import parts
+from temperament.bases.kept import Kept, kept
 from temperament.delta import Addition, Delta, identity
+from temperament.delta.peft_format import is_peft, read_peft
 from temperament.errors import UserError, nearest
 from temperament.nn.pieces import Switch, attach
 
@@ -42,6 +44,7 @@ class Base:
     originals: dict[str, Tensor] = field(default_factory=dict)  # what applied deltas replaced: the pure base's tensors
     switch: Switch = field(default_factory=Switch)  # of the modules that applied deltas added
     hung: list[Callable[[], None]] = field(default_factory=list)  # what takes each of them away
+    inference: list[Any] = field(default_factory=list)  # decoding parts that belong to it, where it is the system a run ended with
 
     def __post_init__(self):
         _ = self._slots  # found while every parameter is in its place; versions swap them later
@@ -138,52 +141,75 @@ class Base:
         known = dict(self.parameters())
         for name, tensor in self.originals.items():
             known[name].data = tensor.clone()
-        self.originals = {}
+        self.originals, self.inference = {}, []
 
 
-def load(spec: str | Path | nn.Module | Base, *, dtype: str = "fp32", device: str | torch.device = "cpu", trust_remote_code: bool = False, field: str = "base") -> Base:
-    """The base a recipe names. Raises UserError naming the field, the value and the mend."""
+def load(
+    spec: str | Path | nn.Module | Base,
+    *,
+    dtype: str = "fp32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    field: str = "base",
+    own: bool = False,
+) -> Base:
+    """The base a recipe names. Raises UserError naming the field, the value and the mend.
+
+    own: where a change on another base is named, the result is a base of its own, as what is tuned further must be; otherwise the
+    change stays apart from what it was made on, so that both can be asked for.
+    """
     if isinstance(spec, Base):
         return spec
     if isinstance(spec, nn.Module):
         return Base("python", {"lm": spec})
     spec = str(spec)
     folder = locate(spec, field)
-    if folder is not None and (folder / "run.json").exists():
-        return _tuned(json.loads((folder / "run.json").read_text())["base"]["id"], folder / "delta", dtype, device, trust_remote_code, field)
-    if folder is not None and (folder / "adapter_config.json").exists():
-        named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        if not named:
-            raise UserError(field, spec, "this adapter does not say which base it was made for; name the base, and the adapter as a step or --delta")
-        return _tuned(named, folder, dtype, device, trust_remote_code, field)
-    if folder is not None and spec.startswith("lab/") and (folder / "delta.json").exists():
-        return _kept_as_delta(spec, folder, dtype, device)
-    base = _from_pretrained(spec, folder, dtype, trust_remote_code, field)
+    found = kept(folder, field) if folder is not None else None
+    how = {"device": device, "trust_remote_code": trust_remote_code, "field": field}
+    if found is not None and spec.startswith("lab/"):
+        return _shipped(spec, folder, found, dtype, how)
+    if found is not None:
+        base = load(found.named(field, spec), dtype="fp32" if own else dtype, own=True, **how)
+        if found.delta is not None:
+            base.apply(change(found.delta, base))
+        return _own(base, spec, dtype, field) if own else base
+    version = spec.partition("@")[2] if spec.startswith("lab/") else ""
+    base = _from_pretrained(spec, folder, "fp32" if version else dtype, trust_remote_code, field)
     for module in base.components.values():
         module.to(device).eval()
     if spec.startswith("lab/"):
         base.suites = ["evaluate.lab"]
-    if folder is not None and (version := spec.partition("@")[2]) and spec.startswith("lab/"):
+    if version:
         _load_version(base, folder / "versions" / version / "model.safetensors")
+        base = _own(base, spec, dtype, field)
     return base
 
 
-def _kept_as_delta(spec: str, folder: Path, dtype: str, device: Any) -> Base:
-    """A lab base that is kept as what differs from the one it was tuned on; loaded, it is a base of its own."""
-    delta = Delta.load(folder)
-    start = load(delta.meta["on"], dtype=dtype, device=device)
-    start.apply(delta.check_base(start.sha256))
-    start.model.generation_config = type(start.model.generation_config).from_pretrained(folder)
-    tokenizer = type(start.tokenizer).from_pretrained(folder)
-    return Base(spec, start.components, {"tokenizer": tokenizer}, None, suites=["evaluate.lab"])
+def _shipped(spec: str, folder: Path, found: Kept, dtype: str, how: dict[str, Any]) -> Base:
+    """A lab base that is kept as what differs from the one it was tuned on."""
+    base = load(found.named("base", spec), **how)
+    base.apply(change(found.delta, base))
+    base.model.generation_config = type(base.model.generation_config).from_pretrained(folder)
+    base.processors["tokenizer"] = type(base.tokenizer).from_pretrained(folder)
+    return _own(base, spec, dtype, "base")
 
 
-def _tuned(named: str, delta_folder: Path, dtype: str, device: Any, trust: bool, field: str) -> Base:
-    base = load(named, dtype=dtype, device=device, trust_remote_code=trust, field=field)
-    delta = Delta.load(delta_folder)
-    delta.check_base(base.sha256)
-    base.apply(delta)
-    return base
+def change(folder: Path, base: Base) -> Delta:
+    """The change kept in a folder, ours or a PEFT adapter, made on this base; the base's modules must be pure."""
+    if not is_peft(folder):
+        return Delta.load(folder).check_base(base.sha256)
+    component = next(iter(base.components))
+    return read_peft(folder, base.components[component], component).check_base(base.sha256)
+
+
+def _own(base: Base, spec: str, dtype: str, field: str) -> Base:
+    """The loaded base with its changes as a base of its own. It is loaded in fp32: who it is must not hang on the precision asked for."""
+    if base.hung:
+        raise UserError(field, spec, "it adds a module to its base, so it is no base of its own; tune on in a further step of its recipe")
+    made = Base(spec, base.components, base.processors, suites=base.suites)
+    for module in made.components.values():
+        module.to(DTYPES[dtype])
+    return made
 
 
 def locate(spec: str, field: str = "base") -> Path | None:
@@ -271,4 +297,3 @@ def _load_version(base: Base, file: Path) -> None:
     component = next(iter(base.components))
     for name, tensor in load_file(file).items():
         known[f"{component}/{name}"].copy_(tensor.to(known[f"{component}/{name}"]))
-    base.sha256 = identity(base.components[component], component)

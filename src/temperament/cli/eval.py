@@ -6,7 +6,7 @@
 
 MODEL is a lab base, a folder, a Hugging Face id, a run or an adapter. A suite is a part of the room evaluate (`temper
 parts --room evaluate`), with options if need be, or a file of test rows. A run or an adapter is measured before and
-after: the ledger is shown.
+after: the ledger is shown. A run with inference parts is measured with them; before is the base alone.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     temper generate runs/first --prompt "What is 12 + 30?" --chat --n 4 --temperature 0.8
     temper generate models/mine --file prompts.txt --json
 
-MODEL is a lab base, a folder, a Hugging Face id, a run or an adapter. Equal seed, equal text, whatever the batch. With
---chat a prompt is the user's message, put into the model's own template.
+MODEL is a lab base, a folder, a Hugging Face id, a run (with its inference parts) or an adapter. Equal seed, equal text,
+whatever the batch. With --chat a prompt is the user's message, put into the model's own template.
 """
 
 from __future__ import annotations

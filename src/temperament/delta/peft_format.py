@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,15 +71,15 @@ def read_peft(folder: str | Path, base=None, component: str | None = None) -> De
         if bias is not None:
             changes[f"{component}/{path}.bias"] = bias
     changes = _tied_once(changes)
-    if base is not None:
-        changes = {n: c for n, c in changes.items() if not (isinstance(c, Replace) and _unchanged(c, base, n))}
-        if not config.get("ensure_weight_tying"):
-            _refuse_half_tied(changes, base)
     delta = Delta(changes, base=side.get("base", {}), meta=side.get("meta", {}))
     if side and side.get("digest") != delta.digest:
         mend = f"its tensors are not those that were saved; copy it again, or delete {SIDE} if you trained it on"
         raise UserError("adapter", str(weights), mend)
-    return delta
+    if base is not None:
+        changes = {n: c for n, c in changes.items() if not (isinstance(c, Replace) and _unchanged(c, base, n))}
+        if not config.get("ensure_weight_tying"):
+            _refuse_half_tied(changes, base)
+    return replace(delta, changes=changes)
 
 
 def _side_file(folder: Path) -> dict:

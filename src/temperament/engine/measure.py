@@ -46,7 +46,8 @@ class System:
         models = {"model": self.subject} | {n: m for more in optional("models") for n, m in more(self.base).items()}
         loop = (optional("loop") or [generate])[0]
         hooks = [h for p in self.inference for h in p.hooks(self.base)]
-        return loop(models, prompts, sampling, seed=self.seed, hooks=hooks, batch=self.batch)
+        words = {"decode": self.tokenizer.decode} if any(isinstance(s, str) for s in sampling.stops) and loop is generate else {}
+        return loop(models, prompts, sampling, seed=self.seed, hooks=hooks, batch=self.batch, **words)
 
     def asked(self, prompt: str | list) -> str | list:
         """A question in the form in which the model is asked it."""
@@ -153,7 +154,7 @@ def likelihood(pairs: list[tuple[list[int], list[int]]], system: System, choices
     """For each (prompt, answer), over the answer's tokens: "nll" mean nats; "kl" mean KL(base || model) in nats and "agree" share of tokens
     where base and model have the same first choice (None unless the system is graded or choices are asked); "choice" the model's own."""
     compare = system.graded or choices
-    untouched = system.model is None and not system.base.originals  # the pure base itself: it agrees, and KL is 0
+    untouched = system.model is None and not system.base.originals and not system.base.hung  # the pure base itself: it agrees, and KL is 0
     pure = Pure(system.base) if compare and not untouched else None
     out: dict[str, list] = {"nll": [], "kl": [], "agree": [], "choice": []}
     for start in range(0, len(pairs), system.batch):

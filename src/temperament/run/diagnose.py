@@ -29,8 +29,7 @@ def diagnose(base: str, tuned: str, with_: Sequence[Any] = ("diagnose.intruder_d
     looks = [parts.build(w, Diagnosis, "--with") for w in with_]
     if not looks:
         raise UserError("--with", [], "name at least one diagnosis")
-    loaded = load(base)
-    loaded.reset()
+    loaded = load(base, own=True)
     delta = delta_of(tuned, loaded)
     runs = (Path(tuned),) if (Path(tuned) / "run.json").exists() else ()
     found = {type(look).part_name: look.diagnose(Subject(loaded, delta, runs)) for look in looks}

@@ -1,4 +1,5 @@
-"""Measuring a model outside of a run: one column of numbers, or before and after where it is a base with a change on it."""
+"""Measuring a model outside of a run: one column of numbers, or before and after where it is a base with a change on it, or with
+inference parts."""
 
 from __future__ import annotations
 
@@ -35,12 +36,12 @@ def evaluate(
     built = [suite(s) for s in suites]
     base = subject(model, device)
     spec = schema.Evaluation(suites=built, items=items, batch=batch, keep=not built)
-    recipe = schema.Recipe(base=base.id, seed=seed, evaluation=spec)
+    recipe = schema.Recipe(base=base.id, seed=seed, evaluation=spec, inference=base.inference)
     with base.at("base"):  # the keep set is what the pure base writes
         skills = skills_of(recipe, base)
     rows = {}
-    if base.originals:
-        rows["base"] = _measure(skills, Pure(base), tell, "base")
+    if base.originals or base.hung or base.inference:
+        rows["base"] = _measure(skills.alone(), Pure(base), tell, "base")
     rows["model"] = _measure(skills, None, tell, "model")
     ledger = Ledger(rows)
     told = [_level(ledger.change(s, "model", "model")) for s in ledger.skills]

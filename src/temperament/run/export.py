@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from temperament.bases.load import Base, load
+from temperament.bases.kept import kept
+from temperament.bases.load import Base, change, load
 from temperament.delta import Delta, LowRank, between
 from temperament.delta.certificate import certify
-from temperament.delta.peft_format import read_peft
 from temperament.delta.peft_write import write_peft
 from temperament.errors import UserError, WorkFailed
 from temperament.nn import draws
@@ -39,20 +39,16 @@ def as_peft(delta: Delta) -> bool:
     return bool(delta.changes) and not delta.additions and not delta.buffers and all(isinstance(c, LowRank) for c in delta.changes.values())
 
 
-def read_folder(folder: Path) -> Delta:
-    """A delta folder of ours, or a PEFT adapter."""
-    return read_peft(folder) if (folder / "adapter_config.json").exists() else Delta.load(folder)
-
-
 def delta_of(source: str, base: Base) -> Delta:
-    """The delta of a run, an adapter, a delta folder, or a tuned model folder, against `base`."""
-    path = Path(source)
+    """The delta of a run, a step of one, an adapter, a delta folder, or a tuned model folder, against `base`."""
+    path = Path(source).expanduser()
     if not path.is_dir():
         raise UserError("model", source, "no such folder; name a run, an adapter, a delta or a model folder")
-    if (path / "run.json").exists():
-        path = path / "delta"
-    if (path / "adapter_config.json").exists() or (path / "delta.json").exists():
-        return read_folder(path).check_base(base.sha256)
+    found = kept(path)
+    if found is not None and found.delta is None:
+        raise UserError("model", source, "this run changed no weights")
+    if found is not None:
+        return change(found.delta, base)
     if (path / "config.json").exists():
         return between(base.folder if base.folder is not None else base.model, path)
     raise UserError("model", source, "it is no run, adapter, delta or model folder")
@@ -66,8 +62,8 @@ def export(run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "d
         raise UserError("run", str(run), "it is not a finished run; finish it with `temper tune --resume`")
     if "delta" not in finished:
         raise UserError("run", str(run), "it changed no weights; there is nothing to export")
-    base = load(finished["base"]["id"])
-    delta = read_folder(folder / "delta").check_base(base.sha256)
+    base = load(finished["base"]["id"], own=True)
+    delta = change(folder / "delta", base)
     if point is not None:
         from temperament.run.dial import scaled
 
@@ -128,4 +124,4 @@ def _auto_class(base: Base) -> str:
     return {"encoder": "AutoModelForMaskedLM"}.get(next(iter(base.components)), "AutoModelForSeq2SeqLM" if base.model.config.is_encoder_decoder else "AutoModelForCausalLM")
 
 
-__all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "read_folder", "save_delta"]
+__all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "save_delta"]

@@ -1,4 +1,4 @@
-"""Completions of prompts and answers in a conversation, from any model."""
+"""Completions of prompts and answers in a conversation, from any model, or from the system that a run ended with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from temperament.bases.load import Base
 from temperament.engine.encode import encode
 from temperament.engine.examples import Prompt
+from temperament.engine.measure import System
 from temperament.engine.tokens import Sampling
-from temperament.engine.tokens import generate as sample
 from temperament.errors import UserError
 from temperament.run.reopen import subject
 
@@ -39,21 +39,22 @@ def generate(
         raise UserError("prompts", prompts, "give at least one")
     base = subject(model, device)
     tokenizer = needs_tokenizer(base)
+    system = System(base, base.inference, batch, seed)
     sampling = Sampling(
         max_new=max_new,
         temperature=(1.0 if n > 1 else 0.0) if temperature is None else temperature,
         top_p=top_p,
         top_k=top_k,
-        stops=tuple(stop),
+        stops=tuple(system.told(s) for s in stop),
     )
-    ids = [row for p in prompts for row in [encode(Prompt(p), tokenizer).ids] * n]
+    ids = [row for p in prompts for row in [encode(Prompt(system.asked(p)), tokenizer).ids] * n]
     for p, row in zip(prompts, ids[::n], strict=True):
         if not row:
             raise UserError("--prompt", p, "it has no tokens and this tokenizer no start token; give some text")
-    made = sample(base.model, ids, sampling, seed=seed, batch=batch, decode=tokenizer.decode)
+    made = system.generate(ids, sampling)
     outputs = [
         {
-            "text": tokenizer.decode(out, skip_special_tokens=True),
+            "text": system.heard(tokenizer.decode(out, skip_special_tokens=True)),
             "tokens": len(out),
             "finished": why,
             "logp": float(logp.sum()),

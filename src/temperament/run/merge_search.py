@@ -55,7 +55,7 @@ def search(
     base = base or next((b for m in models if (b := named_base(m))), None)
     if base is None:
         raise UserError("--base", None, "none of the models says what it was tuned from; name the base")
-    loaded = load(base, field="--base")
+    loaded = load(base, field="--base", own=True)
     deltas = [delta_of(m, loaded) for m in models]
     parts.build(
         _filled(method, lambda name, spec: _middle(spec)), Merge, "--method"

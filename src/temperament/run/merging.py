@@ -124,7 +124,7 @@ def _as_delta(plan: Plan, out: str | Path, as_: str) -> dict[str, Any]:
     if job.base is None or len(plan.jobs) > 1:
         raise UserError("--as", as_, "a merge without a base, or of layer slices, is no change of one; use merged")
     under, models = plan.inputs[0], plan.inputs[1:]
-    base = load(under.spec, field="--base")
+    base = load(under.spec, field="--base", own=True)
     component = next(iter(base.components))
     deltas = []
     for model in models:

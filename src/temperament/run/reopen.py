@@ -6,22 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from temperament.bases.load import Base, load
+from temperament.bases.kept import kept
+from temperament.bases.load import Base, change, load
 from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder
-from temperament.run.export import read_folder
 from temperament.run.state import place_on
 from temperament.run.skills import Skills, skills_of
 from temperament.run.tune import Run
 
 
 def subject(model: Any, device: str = "auto", trust_remote_code: bool = False) -> Base:
-    """What a name, a folder, a Run or a loaded Base stands for, with its change applied."""
+    """What a name, a folder, a Run or a loaded Base stands for, with its change applied and the inference parts of its run."""
     if isinstance(model, Run):
-        return place_on(model.base, model.state)
-    return load(model, device=where(device), trust_remote_code=trust_remote_code, field="model")
+        base = place_on(model.base, model.state)
+        base.inference = list(model.recipe.inference)
+        return base
+    base = load(model, device=where(device), trust_remote_code=trust_remote_code, field="model")
+    if isinstance(model, (str, Path)) and (found := kept(Path(model).expanduser())) and found.run:
+        base.inference = list(schema.read(found.run / "recipe.yaml").inference)
+    return base
 
 
 def where(device: str) -> str:
@@ -65,5 +70,5 @@ def reopen(run: str | Path, device: str = "auto") -> Reopened:
     if not (folder / "delta").is_dir():
         raise UserError("run", str(run), "it changed no weights")
     recipe = schema.read(folder / "recipe.yaml")
-    base = load(recipe.base, device=where(device), trust_remote_code=recipe.trust_remote_code)
-    return Reopened(folder, json, recipe, base, read_folder(folder / "delta").check_base(base.sha256))
+    base = load(recipe.base, device=where(device), trust_remote_code=recipe.trust_remote_code, own=True)
+    return Reopened(folder, json, recipe, base, change(folder / "delta", base))

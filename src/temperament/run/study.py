@@ -28,7 +28,7 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "runs").is_dir():
         raise UserError("--out", str(out), "the folder holds other files; name a new one")
-    base, done, left, folders = load(recipe.base, dtype=recipe.precision.master), {}, {}, {}
+    base, done, left, folders = load(recipe.base, dtype=recipe.precision.master, own=True), {}, {}, {}
     for number, (where, planned) in enumerate(study.plan(recipe, done)):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None)) + "-" + address(planned.plain())[:8]
         tell("arm", name=where[0], where=where, number=number)
@@ -63,10 +63,11 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
 
 def dial_of(recipe: Recipe, base: Any, folder: Path, tell: Callable[..., None]) -> dict[str, Any]:
     """The dial of a finished run, on the skills of the study's recipe."""
+    from temperament.bases.load import change
     from temperament.run.dial import dial
-    from temperament.run.export import read_folder
 
-    return dial(skills_of(recipe, base), read_folder(folder / "delta"), recipe.evaluation.dial, tell)
+    base.reset()
+    return dial(skills_of(recipe, base), change(folder / "delta", base), recipe.evaluation.dial, tell)
 
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:

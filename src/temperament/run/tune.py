@@ -146,9 +146,8 @@ class _Tuning:
         if self.base is None:
             self.tell("phase", name="load", text=recipe.base)
             device = self.world.device if recipe.device == "auto" else recipe.device
-            self.base = load(
-                recipe.base, dtype=recipe.precision.master, device=device, trust_remote_code=recipe.trust_remote_code
-            )
+            how = {"dtype": recipe.precision.master, "device": device, "trust_remote_code": recipe.trust_remote_code}
+            self.base = load(recipe.base, own=True, **how)
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
         self.folder.save_run(self.json)
         self.skills = skills_of(recipe, self.base)
