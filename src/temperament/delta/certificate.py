@@ -8,6 +8,7 @@ finds a tied embedding saved untied, a tokenizer or template that differs, a key
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ def certify(
     expected: Tensor,
     *,
     base: str | Path | None = None,
+    reload: str | None = None,
     model_class: str = "AutoModelForCausalLM",
     live: nn.Module | None = None,
     processor=None,
@@ -41,6 +43,7 @@ def certify(
     """Reload `folder` in a fresh process and compare its outputs on `inputs` with `expected`.
 
     folder: a model folder, or with `base` (a model folder) a delta or adapter on it.
+    reload: "module:function" where a base is more than a folder (a version, a run): function(base, folder) -> (model, identity).
     inputs: keyword tensors of the forward; expected: the live model's logits (..., classes).
     live: the live model; its tied names must be tied again. processor: the live tokenizer; ids and template must be the same.
     tolerance: largest difference in units of the spread of the expected logits (their standard deviation).
@@ -57,8 +60,8 @@ def certify(
         write_tensors(work, {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, "question")
         probe = _texts(processor) if processor is not None else None
         question = {
-            "folder": str(folder.resolve()), "base": None if base is None else str(Path(base).resolve()),
-            "model_class": model_class, "texts": probe,
+            "folder": str(folder.resolve()), "base": base and str(base if reload else Path(base).resolve()),
+            "reload": reload, "model_class": model_class, "texts": probe,
         }  # fmt: skip
         write_json(Path(work) / "question.json", question)
         environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -114,31 +117,41 @@ def _encoded(processor, texts: list[str]) -> list:
     return found
 
 
-def _answer(work: Path) -> None:
-    """In the fresh process."""
+def _reloaded(folder: Path, base: str | None, name: str) -> tuple[nn.Module, dict[str, str]]:
     import transformers
 
     from temperament.delta.delta import Delta
 
-    question = read_json(work / "question.json", "certificate")
-    source = Checkpoint(work / "question.safetensors", "q")
-    folder, base = Path(question["folder"]), question["base"]
-    name = question["model_class"]
     if not name.startswith("AutoModel") or not hasattr(transformers, name):
         raise UserError("model class", name, "use one of transformers' AutoModel classes")
     model = getattr(transformers, name).from_pretrained(base or folder, dtype="auto", local_files_only=True).eval()
     if base is not None:
         delta = Delta.load(folder)
         delta.check_base(identity(base, *delta.components[:1])).apply(model)
+    return model, identity(base or folder)
+
+
+def _answer(work: Path) -> None:
+    """In the fresh process."""
+    question = read_json(work / "question.json", "certificate")
+    source = Checkpoint(work / "question.safetensors", "q")
+    folder, base = Path(question["folder"]), question["base"]
+    if question["reload"]:
+        module, _, function = question["reload"].partition(":")
+        model, who = getattr(importlib.import_module(module), function)(base, folder)
+    else:
+        model, who = _reloaded(folder, base, question["model_class"])
     inputs = {key.removeprefix("q/input."): source.read(key) for key in source.names if key.startswith("q/input.")}
     with torch.no_grad():
         out = model(**inputs)
     found = compare(getattr(out, "logits", out[0]), source.read("q/expected"))
     found["tied"] = sorted(open_source(model).aliases)
-    found["identity"] = identity(base or folder)
+    found["identity"] = who
     found["files"] = sorted(p.name for p in folder.iterdir() if p.is_file())
     found["encoded"] = None
     if question["texts"] is not None:
+        import transformers
+
         found["encoded"] = _encoded(transformers.AutoTokenizer.from_pretrained(folder), question["texts"])
     (work / "answer.json").write_text(json.dumps(found))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ def save_delta(delta: Delta, base: Base, folder: Path, base_id: str) -> str:
     if as_peft(delta):
         write_peft(delta, folder, base=base.model, base_model=base_id, task_type="CAUSAL_LM", overwrite=True)
         return "peft"
-    delta.save(folder, overwrite=True)
+    replace(delta, meta={**delta.meta, "on": base_id}).save(folder, overwrite=True)
     return "delta"
 
 
@@ -76,7 +77,7 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
     if to.exists() and (to.is_file() or any(to.iterdir())):
         raise UserError("--to", str(to), "it exists and is not empty; name a new folder")
     if as_ == "delta":
-        delta.save(to)
+        replace(delta, meta={**delta.meta, "on": base.id}).save(to)
         return certify_and_record(base, delta, to, as_)
     if as_ == "adapter":
         if not as_peft(delta):
@@ -109,15 +110,25 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str
         inputs = {"input_ids": draws.randint(base.model.config.vocab_size, 0, "certificate", 0, torch.arange(2)[:, None], torch.arange(24)[None])}
         with torch.no_grad():
             expected = base.model(**inputs).logits
-        whole = as_ == "merged"
-        certificate = certify(to, inputs, expected, base=None if whole else base.folder, live=base.model if whole else None,
-                              processor=base.tokenizer if whole else None, model_class=_auto_class(base))  # fmt: skip
+        if as_ == "merged":
+            certificate = certify(
+                to, inputs, expected, live=base.model, processor=base.tokenizer, model_class=_auto_class(base)
+            )
+        else:
+            certificate = certify(to, inputs, expected, base=base.id, reload=f"{__name__}:reloaded")
     finally:
         base.reset()
     write_atomic(to / "certificate.json", json.dumps(certificate, indent=1))
     if not certificate["passed"]:
         raise WorkFailed(f"{to} was written, but reloaded in a fresh process it differs from the live model ({', '.join(certificate['failures'])}); do not use it.")
     return certificate
+
+
+def reloaded(base: str, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+    """In the fresh process: the base by its name, with what is in the folder on it."""
+    found = load(base, own=True)
+    found.apply(change(folder, found))
+    return found.model, found.sha256
 
 
 def _auto_class(base: Base) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from temperament.bases.kept import kept
 from temperament.bases.load import locate
 from temperament.delta import Delta, identity, open_source
 from temperament.delta.peft_format import is_peft, read_peft
@@ -40,20 +41,10 @@ class Input:
 
 
 def named_base(spec: str) -> str | None:
-    """The base a run or an adapter says it was made on."""
-    folder = Path(spec)
-    for file, keys in (("run.json", ("base", "id")), ("adapter_config.json", ("base_model_name_or_path",))):
-        if not (folder / file).is_file():
-            continue
-        try:
-            found = json.loads((folder / file).read_text(encoding="utf-8"))
-            for key in keys:
-                found = found[key]
-        except (OSError, ValueError, KeyError, TypeError):
-            mend = "it does not say which base it belongs to; name the base"
-            raise UserError("model", str(folder / file), mend) from None
-        return str(found) if found else None
-    return None
+    """The base that a run, an adapter or a delta says it was made on."""
+    folder = Path(spec).expanduser()
+    found = kept(folder) if folder.is_dir() else None
+    return found.base if found else None
 
 
 def open_input(spec: str | Path, base: Input | None = None, field: str = "model") -> Input:
@@ -63,34 +54,26 @@ def open_input(spec: str | Path, base: Input | None = None, field: str = "model"
         model, _, adapter = spec.rpartition("+")
         under = open_input(model, field=field)
         return _on(under, Path(adapter), spec)
-    folder = Path(spec).expanduser()
-    if (folder / "run.json").is_file():
-        inner = folder / "delta"
-        if not inner.is_dir():
-            raise UserError(field, spec, "this run changed no weights, or is not finished")
-        return _on(_under(spec, base, field), inner, spec)
-    if is_peft(folder) or (folder / "delta.json").is_file():
-        return _on(_under(spec, base, field), folder, spec)
-    found = locate(spec, field) or _hub(spec, field)
-    if not (found / "config.json").is_file() and not any(found.glob("*.safetensors")):
+    folder = locate(spec, field) or _hub(spec, field)
+    found = kept(folder, field)
+    if found is not None and spec.startswith("lab/"):  # a base of its own, kept as what differs from another
+        made = _on(open_input(found.named(field, spec), field=field), folder, spec)
+        return replace(made, folder=folder, base=None, delta=None)
+    if found is not None and found.delta is None:
+        raise UserError(field, spec, "this run changed no weights")
+    if found is not None:
+        return _on(base or open_input(found.named(field, spec), field="base"), found.delta, spec, found.run is not None)
+    if not (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(field, spec, "it is no model, adapter, delta or run: it has no config.json and no safetensors")
-    source: Source = Checkpoint(found, COMPONENT)
+    source: Source = Checkpoint(folder, COMPONENT)
     version = spec.partition("@")[2] if spec.startswith("lab/") else ""
     if version:
-        source = _version(source, found / "versions" / version / "model.safetensors")
-    return Input(spec, source, found, named_base(spec))
+        source = _version(source, folder / "versions" / version / "model.safetensors")
+    return Input(spec, source, folder)
 
 
-def _under(spec: str, base: Input | None, field: str) -> Input:
-    named = named_base(spec)
-    if base is not None:
-        return base
-    if named is None:
-        raise UserError(field, spec, "it does not say which base it was made on; name the base")
-    return open_input(named, field="base")
-
-
-def _on(under: Input, folder: Path, spec: str) -> Input:
+def _on(under: Input, folder: Path, spec: str, measured: bool = False) -> Input:
+    """The change in a folder on its base. measured: it is of a run."""
     if not (is_peft(folder) or (folder / "delta.json").is_file()):
         raise UserError("adapter", str(folder), "it is no adapter and no delta")
     delta = read_peft(folder, under.source, COMPONENT) if is_peft(folder) else Delta.load(folder, lazy=True)
@@ -105,11 +88,8 @@ def _on(under: Input, folder: Path, spec: str) -> Input:
     sizes = Counter({d: 0 for d in (torch.float32,)})
     for entry in under.source.entries.values():
         sizes[entry.dtype] += entry.numel if entry.dtype.is_floating_point else 0
-    dtype = (
-        torch.float32
-        if (delta.base and not is_peft(folder)) or (folder.parent / "run.json").is_file()
-        else max(sizes, key=sizes.get)
-    )
+    exact = measured or (delta.base and not is_peft(folder))
+    dtype = torch.float32 if exact else max(sizes, key=sizes.get)
     return Input(spec, tuned(under.source, delta, spec), under.folder, under.spec, delta, dtype)
 
 
