@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -98,76 +99,89 @@ def _chart(title: str, parts: list[Series], stages: list, percent: bool = False,
 
 
 def dial(d: Any) -> dict[str, Any] | None:
-    """Strength swept: target and retained as levels, the best point within the budget, every point for the slider."""
+    """Strength swept: target and retained as levels, a pair of curves for each shape of the sweep, the best point within the budget,
+    every point for the slider. Single skills are drawn where there is one shape."""
     if not d:
         return None
     points = [p for p in d.get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]
-    points = sorted(
-        (p for p in points if is_number(p.get("target")) or is_number(p.get("retained"))), key=lambda p: p["strength"]
-    )
+    points = [p for p in points if is_number(p.get("target")) or is_number(p.get("retained"))]
+    shapes = list(dict.fromkeys(_shape(p) for p in points))
+    points.sort(key=lambda p: (shapes.index(_shape(p)), p["strength"]))
     if len(points) < 2:
         return None
-    lines = []
-    for key in ("target", "retained"):
-        found = [p for p in points if is_number(p.get(key))]
-        lines.append(Series(key, [p["strength"] for p in found], [p[key] for p in found]) if found else None)
-    names = list(dict.fromkeys(n for p in points for n in (p.get("skills") or {})))[:24]
-    thin = []
-    for name in names:
-        found = [p for p in points if is_number((p.get("skills") or {}).get(name))]
-        if len(found) > 1:
-            thin.append(Series(show.name(name), [p["strength"] for p in found], [p["skills"][name] for p in found], "s7 faint"))
+    many, lines = len(shapes) > 1, []
+    for shape in shapes:
+        for key in ("target", "retained"):
+            name = f"{key}, {shape}" if many else key
+            if found := _swept(name, [p for p in points if _shape(p) == shape], lambda p, key=key: p.get(key)):
+                lines.append(replace(found, style=f"s{(2 * shapes.index(shape) + (key == 'retained')) % 7}"))
+    names = list(dict.fromkeys(n for p in points for n in (p.get("skills") or {})))[: 0 if many else 24]
+    thin = [_swept(show.name(n), points, lambda p, n=n: (p.get("skills") or {}).get(n), "s7 faint") for n in names]
+    thin = [s for s in thin if s and len(s.x) > 1]
     best = d.get("best") if isinstance(d.get("best"), Mapping) and is_number((d.get("best") or {}).get("strength")) else None
-    bar = (best["strength"], f"best {show.digits(best['strength'])}") if best else None
-    series = [s for s in lines if s] + thin
+    of = f" ({_shape(best)})" if best and many else ""
+    series = lines + thin
     levels = all(-1e-9 <= y <= 1 + 1e-9 for s in series for y in s.y)
-    label = "; ".join(
-        f"{s.name} " + ", ".join(f"{show.digits(x)}: {show.level(y)}" for x, y in zip(s.x, s.y, strict=True))
-        for s in lines
-        if s
-    )
+    told = lambda s: ", ".join(f"{show.digits(x)}: {show.level(y)}" for x, y in zip(s.x, s.y, strict=True))
     chart = svg.lines(
         series,
-        f"The dial. {label}",
+        "The dial. " + "; ".join(f"{s.name} {told(s)}" for s in lines),
         percent=True,
         y_range=(-0.02, 1.04) if levels else None,
         x_label="strength",
-        bar=bar,
+        bar=(best["strength"], f"best {show.digits(best['strength'])}{of}") if best else None,
         width=460,
         height=250,
     )
-    start, end = points[0], points[-1]
-    full = next((p for p in points if abs(p["strength"] - 1) < 1e-9), end)
+    start, last = points[0], [p for p in points if best is None or _shape(p) == _shape(best)]
+    full = next((p for p in last if abs(p["strength"] - 1) < 1e-9), (last or points)[-1])
+    same = lambda p: bool(best) and abs(p["strength"] - best["strength"]) < 1e-9 and _shape(p) == _shape(best)
     rows = [
         {
             "strength": show.digits(p["strength"]),
+            "shape": _shape(p) if many else "",
             "target": show.level(p.get("target")),
             "retained": show.level(p.get("retained")),
             "moved": _moved(start, p),
-            "best": bool(best) and abs(p["strength"] - best["strength"]) < 1e-9,
+            "best": same(p),
         }
         for p in points
     ]
+    legend = [{"style": s.style, "name": f"{s.name}, %"} for s in lines]
     return {
         "chart": chart,
         "rows": rows,
+        "legend": legend + ([{"style": "s7 faint", "name": "single skills"}] if thin else []),
         "budget": d.get("budget"),
         "best": best,
-        "said": _dial_words(d.get("budget"), best, start, full),
-        "thin": len(thin),
+        "said": _dial_words(d.get("budget"), best, of, start, full),
     }
 
 
+def _shape(point: Mapping[str, Any]) -> str:
+    return show.name(str(point.get("shape") or "merge.linear").removeprefix("merge."))
+
+
+def _swept(name: str, points: list, value: Any, style: str = "") -> Series | None:
+    found = [(p["strength"], value(p)) for p in points if is_number(value(p))]
+    return Series(name, [x for x, _ in found], [y for _, y in found], style) if found else None
+
+
 def _moved(start: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """Of the retained skills, against the base; a sweep that does not say so begins at it."""
+    if is_number(point.get("retained_change")):
+        return show.signed(point["retained_change"] / 100)
     ends = point.get("retained"), start.get("retained")
     return show.signed(ends[0] - ends[1]) if all(map(is_number, ends)) else "–"
 
 
-def _dial_words(budget: Any, best: Mapping[str, Any] | None, start: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+def _dial_words(
+    budget: Any, best: Mapping[str, Any] | None, of: str, start: Mapping[str, Any], full: Mapping[str, Any]
+) -> str:
     limit = f" may lose at most {show.digits(budget)} points" if is_number(budget) else ""
     if best is None:
         return f"No strength keeps the retained skills within the budget: they{limit}." if limit else ""
-    words = f"At strength {show.digits(best['strength'])} the target is at {show.level(best.get('target'))}"
+    words = f"At strength {show.digits(best['strength'])}{of} the target is at {show.level(best.get('target'))}"
     words += f" and the retained skills change by {_moved(start, best)} points"
     if abs(best["strength"] - full["strength"]) > 1e-9:
         words += f"; at full strength it was {show.level(full.get('target'))} and {_moved(start, full)}"
