@@ -3,8 +3,8 @@
     temper doctor
     temper doctor --json
 
-Versions, devices, memory, disk, folders and settings; for each problem what mends it. Nothing is sent anywhere. Exit code
-1 when there is a problem.
+Versions, devices, memory, disk, folders and settings; for each problem what mends it, and what is not installed of what
+some verbs need. Nothing is sent anywhere. Exit code 1 when there is a problem.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     line("lab bases", ", ".join(data["lab"]) or "none")
     for name, value in data["settings"].items():
         line("setting", f"{name}={value}")
+    for e in data["extras"]:
+        if e["missing"]:
+            line("without", f"{', '.join(e['missing'])}: no {e['for']} ({e['mend']})")
     say.out.print()
     for p in data["problems"]:
         say.out.print(Text.assemble(("✗ ", "bold red"), p["what"], (f"\n  {p['mend']}", "dim")), soft_wrap=True)

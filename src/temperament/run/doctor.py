@@ -14,14 +14,25 @@ from typing import Any
 from temperament.run.artefacts import cache_dir
 
 SHOWN = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "peft", "datasets", "diffusers", "numpy")
+EXTRAS = {
+    "data": "Parquet files and Hugging Face datasets",
+    "images": "folders of images",
+    "search": "temper merge --search",
+    "test": "make test",
+    "bench": "make bench",
+}
 SMALL_DISK, SMALL_MEMORY = 2e9, 2e9  # bytes below which something will go wrong soon
 
 
 def doctor() -> dict[str, Any]:
-    """{"ok", "problems": [{"what", "mend"}], "versions", "devices", "cpu", "memory", "folders", "settings"}; bytes."""
+    """{"ok", "problems": [{"what", "mend"}], "versions", "extras", "devices", "cpu", "memory", "folders", "settings"}; bytes.
+
+    extras: what can be installed beside, and what is missing of it; that is no problem.
+    """
     problems: list[dict[str, str]] = []
     found = {
         "versions": _versions(problems),
+        "extras": _extras(),
         "devices": _devices(problems),
         "cpu": _cpu(problems),
         "memory": _memory(problems),
@@ -37,13 +48,8 @@ def _say(problems: list, what: str, mend: str) -> None:
 
 
 def _versions(problems: list) -> dict[str, str | None]:
-    from packaging.requirements import Requirement
-
     found: dict[str, str | None] = {"python": platform.python_version(), "temperament": _version("temperament")}
-    try:
-        wanted = [Requirement(r) for r in metadata.requires("temperament") or ()]
-    except metadata.PackageNotFoundError:
-        wanted = []
+    wanted = _wanted()
     for r in wanted:
         have = _version(r.name)
         if r.marker is None and have is None:
@@ -51,6 +57,24 @@ def _versions(problems: list) -> dict[str, str | None]:
         elif have is not None and not r.specifier.contains(have, prereleases=True) and (r.marker is None or r.name in SHOWN):
             _say(problems, f"{r.name} {have} lies outside {r.specifier}", f"pip install '{r.name}{r.specifier}'")
     return found | {name: _version(name) for name in SHOWN}
+
+
+def _wanted() -> list[Any]:
+    from packaging.requirements import Requirement
+
+    try:
+        return [Requirement(r) for r in metadata.requires("temperament") or ()]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _extras() -> list[dict[str, Any]]:
+    found = []
+    for name, use in EXTRAS.items():
+        needed = [r for r in _wanted() if r.marker is not None and r.marker.evaluate({"extra": name})]
+        missing = [r.name for r in needed if _version(r.name) is None]
+        found.append({"name": name, "for": use, "missing": missing, "mend": f"pip install 'temperament[{name}]'"})
+    return found
 
 
 def _version(name: str) -> str | None:
@@ -194,8 +218,8 @@ def _lab(problems: list) -> list[str]:
     folder = Path(bases.__file__).parent / "lab"
     whole = [p for p in sorted(folder.glob("*")) if (p / "config.json").exists()] if folder.exists() else []
     for p in whole:
-        weights = p / "model.safetensors"
-        if not weights.exists() or weights.stat().st_size < 10_000:
+        weights = [p / "model.safetensors", p / "delta.safetensors"]  # some are kept as what differs from another
+        if not any(w.exists() and w.stat().st_size >= 10_000 for w in weights):
             _say(
                 problems,
                 f"the weights of lab/{p.name} are missing",

@@ -36,7 +36,7 @@ class FolderImages:
         try:
             from PIL import Image
         except ImportError:
-            raise UserError("data.folder_images", self.path, "it needs Pillow; pip install 'temperament[diffusion]'") from None
+            raise UserError("data.folder_images", self.path, "it needs Pillow; pip install 'temperament[images]'") from None
         folder = Path(self.path).expanduser().resolve()
         if not folder.is_dir():
             raise UserError("data.folder_images.path", self.path, "no such folder")
