@@ -1,7 +1,7 @@
 """[012] Half fine-tuning: at the same gain, training half of the weights forgets less than training all of them.
 
-Task: a new procedure, near to what the lab base knows. Both methods stop at 90 % of it, each at its own best learning rate (chosen on a
-seed of its own). Compared: percentage points lost on average over what the base knew.
+Task: a new procedure, near to what the lab base knows. Both methods stop at 90 % of it, each at its own best learning rate
+(chosen on a seed of its own). Compared: percentage points lost on average over what the base knew.
 """
 
 from temperament.run.claims import Claim

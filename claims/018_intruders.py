@@ -1,7 +1,8 @@
-"""[018] LoRA vs full fine-tuning, an illusion of equivalence: low-rank adapters bring intruder dimensions, full tuning does not.
+"""[018] LoRA vs full fine-tuning, an illusion of equivalence: low-rank adapters bring intruder dimensions, full tuning does
+not.
 
-Both reach 90 % of the same new task. Compared: new high-ranking singular directions (of the 10 leading ones of every matrix, those whose overlap
-with every base direction is below 0.5), low-rank against full.
+Both reach 90 % of the same new task. Compared: new high-ranking singular directions (of the 10 leading ones of every matrix,
+those whose overlap with every base direction is below 0.5), low-rank against full.
 """
 
 from dataclasses import replace
@@ -14,20 +15,26 @@ from temperament.run.study import summary
 def recipe(trainable, rate: float) -> dict:
     return {
         "base": "lab/lm",
-        "steps": [{
-            "name": "sft",
-            "train": {
-                "source": {"data.lab": {"skills": ["shift"], "rows": 2000}},
-                "trainable": trainable,
-                "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 10}}}},
-                "batch": 16,
-                "steps": 500,
-                "stop": {"reach": 0.9, "every": 10, "items": 100},
-            },
-        }],
-        "evaluation": {"items": 100, "suites": [{"evaluate.lab": {"target": "shift"}}], "diagnose": ["diagnose.intruder_dimensions"]},
+        "steps": [
+            {
+                "name": "sft",
+                "train": {
+                    "source": {"data.lab": {"skills": ["shift"], "rows": 2000}},
+                    "trainable": trainable,
+                    "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 10}}}},
+                    "batch": 16,
+                    "steps": 500,
+                    "stop": {"reach": 0.9, "every": 10, "items": 100},
+                },
+            }
+        ],
+        "evaluation": {
+            "items": 100,
+            "suites": [{"evaluate.lab": {"target": "shift"}}],
+            "diagnose": ["diagnose.intruder_dimensions"],
+        },
         "check": False,
-    }  # fmt: skip
+    }
 
 
 def one(lab, name: str, seed: int, trainable, rate: float) -> dict:
@@ -44,7 +51,8 @@ def run(seed, lab):
 claim = Claim(
     paper="018",
     title="LoRA vs Full Fine-tuning: An Illusion of Equivalence",
-    says="At an equal gain low-rank adapters have intruder dimensions and full fine-tuning has none; with them goes more forgetting.",
+    says="At an equal gain low-rank adapters have intruder dimensions and full fine-tuning has none; with them goes "
+    "more forgetting.",
     parts=("diagnose.intruder_dimensions",),
     measure="intruders",
     better="higher",

@@ -1,7 +1,8 @@
 """[025] Reward-ranked fine-tuning: a higher reward at less damage than policy gradients.
 
-Task: sums of three digits in the head, which the lab base half knows, rewarded by a verifier. RAFT keeps the best of eight responses and trains on them; the baseline is REINFORCE
-with a group baseline (GRPO, unclipped on-policy) on as many samples, each at its own best rate. Compared: held-out accuracy; divergence beside it.
+Task: sums of three digits in the head, which the lab base half knows, rewarded by a verifier. RAFT keeps the best of eight
+responses and trains on them; the baseline is REINFORCE with a group baseline (GRPO, unclipped on-policy) on as many samples,
+each at its own best rate. Compared: held-out accuracy; divergence beside it.
 """
 
 from temperament.run.claims import Claim
@@ -13,7 +14,11 @@ SAMPLES, STAGES = 512, 8  # responses of a stage
 
 def recipe(arm: str, rate: float) -> dict:
     if arm == "raft":
-        source, steps, batch = {"rollout.raft": {**ASKED, "k": 8, "stage": SAMPLES // 8, "epochs": 2}}, STAGES * 2 * SAMPLES // 8 // 16, 16
+        source, steps, batch = (
+            {"rollout.raft": {**ASKED, "k": 8, "stage": SAMPLES // 8, "epochs": 2}},
+            STAGES * 2 * SAMPLES // 8 // 16,
+            16,
+        )
         objective = "objectives.sft.cross_entropy"
     else:
         source, steps, batch = {"rollout.sample": {**ASKED, "group": 8}}, STAGES * SAMPLES // 128, 128
@@ -21,7 +26,11 @@ def recipe(arm: str, rate: float) -> dict:
     optimizer = {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 3}}}}
     train = {"source": source, "objective": objective, "optimizer": optimizer, "batch": batch, "micro": 64, "steps": steps}
     suite = {"evaluate.lab": {"target": "add3", "retained": ["add", "subtract", "sort", "people"]}}
-    return {"base": "lab/lm", "steps": [{"name": arm, "train": train}], "evaluation": {"items": 100, "keep": False, "suites": [suite]}}
+    return {
+        "base": "lab/lm",
+        "steps": [{"name": arm, "train": train}],
+        "evaluation": {"items": 100, "keep": False, "suites": [suite]},
+    }
 
 
 def run(seed, lab):

@@ -1,7 +1,7 @@
 """[031] Anchored supervised fine-tuning: on noisy demonstrations, better than SFT and than DFT, without DFT's drift.
 
-Task: sums of three digits in the head, which the lab base half knows; one demonstration in five is wrong. Each objective at its own best rate, equal
-steps. Compared: held-out accuracy, against the better of SFT and DFT.
+Task: sums of three digits in the head, which the lab base half knows; one demonstration in five is wrong. Each objective at its
+own best rate, equal steps. Compared: held-out accuracy, against the better of SFT and DFT.
 """
 
 import json
@@ -32,19 +32,25 @@ def demonstrations(folder, seed: int, rows: int = 1000, noise: float = 0.2) -> s
 def recipe(objective, rate: float, path: str) -> dict:
     return {
         "base": "lab/lm",
-        "steps": [{
-            "name": "sft",
-            "train": {
-                "source": {"data.file": {"path": path, "holdout": 0}},
-                "objective": objective,
-                "trainable": "select.full",
-                "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 10}}}},
-                "batch": 16,
-                "steps": 150,
-            },
-        }],
-        "evaluation": {"items": 100, "keep": False, "suites": [{"evaluate.lab": {"target": "add3", "retained": ["add", "subtract", "sort", "people"]}}]},
-    }  # fmt: skip
+        "steps": [
+            {
+                "name": "sft",
+                "train": {
+                    "source": {"data.file": {"path": path, "holdout": 0}},
+                    "objective": objective,
+                    "trainable": "select.full",
+                    "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 10}}}},
+                    "batch": 16,
+                    "steps": 150,
+                },
+            }
+        ],
+        "evaluation": {
+            "items": 100,
+            "keep": False,
+            "suites": [{"evaluate.lab": {"target": "add3", "retained": ["add", "subtract", "sort", "people"]}}],
+        },
+    }
 
 
 def run(seed, lab):

@@ -1,7 +1,7 @@
 """[069] Self-play fine-tuning: once SFT on a small set stops gaining, playing against one's own answers goes on gaining.
 
-Task: a new procedure from 200 rows. Both arms begin with the same SFT; then three rounds of self-play, or as many further steps of SFT, on the same
-rows, each at its own best rate. Compared: held-out accuracy.
+Task: a new procedure from 200 rows. Both arms begin with the same SFT; then three rounds of self-play, or as many further steps
+of SFT, on the same rows, each at its own best rate. Compared: held-out accuracy.
 """
 
 from temperament.run.claims import Claim
@@ -12,19 +12,34 @@ WARM, STEPS, ROUNDS = 60, 40, 3
 
 
 def train(source, rate: float, steps: int, **more) -> dict:
-    return {"source": source, "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 5}}}}, "batch": 16, "steps": steps, **more}
+    return {
+        "source": source,
+        "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 5}}}},
+        "batch": 16,
+        "steps": steps,
+        **more,
+    }
 
 
 def recipe(arm: str, rate: float) -> dict:
     warm = {"name": "warm", "train": train(ROWS, 3e-4, WARM), "ledger": False}
-    play = train({"data.file": {"path": "pairs", "holdout": 0}}, rate, STEPS, objective={"objectives.preference.dpo": {"beta": 0.1}})
-    rounds = [{"name": "pairs", "build": {"builder": {"data.self_play": {"rows": ROWS, "max_new": 20}}}}, {"name": "play", "train": play, "ledger": False}]
+    play = train(
+        {"data.file": {"path": "pairs", "holdout": 0}}, rate, STEPS, objective={"objectives.preference.dpo": {"beta": 0.1}}
+    )
+    rounds = [
+        {"name": "pairs", "build": {"builder": {"data.self_play": {"rows": ROWS, "max_new": 20}}}},
+        {"name": "play", "train": play, "ledger": False},
+    ]
     then = {
         "spin": {"name": "spin", "rounds": {"times": ROUNDS, "steps": rounds}},
         "sft": {"name": "more", "train": train(ROWS, rate, STEPS * ROUNDS), "ledger": False},
     }[arm]
     suite = {"evaluate.lab": {"target": "shift", "retained": ["reverse", "sort", "add", "people"]}}
-    return {"base": "lab/lm", "steps": [warm, then, {"name": "end", "measure": True}], "evaluation": {"items": 100, "keep": False, "suites": [suite]}}
+    return {
+        "base": "lab/lm",
+        "steps": [warm, then, {"name": "end", "measure": True}],
+        "evaluation": {"items": 100, "keep": False, "suites": [suite]},
+    }
 
 
 def run(seed, lab):

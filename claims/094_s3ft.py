@@ -1,7 +1,9 @@
-"""[094] S3FT: training on one's own right answers, where there are any, teaches as much as the given ones and moves the model less.
+"""[094] S3FT: training on one's own right answers, where there are any, teaches as much as the given ones and moves the model
+less.
 
-Task: sums worked out step by step, which the lab base half knows; the given answers are worked in an unusual notation. Both arms: the same rows, the
-same steps, each at its own best rate. Compared: divergence from the base on retained skills, at no lower accuracy.
+Task: sums worked out step by step, which the lab base half knows; the given answers are worked in an unusual notation. Both
+arms: the same rows, the same steps, each at its own best rate. Compared: divergence from the base on retained skills, at no
+lower accuracy.
 """
 
 import json

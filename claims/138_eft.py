@@ -1,7 +1,10 @@
-"""[138] Emulated fine-tuning: the behaviour of a small tuned model and the knowledge of another, added while decoding, nothing trained.
+"""[138] Emulated fine-tuning: the behaviour of a small tuned model and the knowledge of another, added while decoding, nothing
+trained.
 
-A stands in for the large model: the lab base after learning newcomers (facts the other does not have). The small one learned a procedure (`shift`) instead.
-Compared: the mean of both skills when A decodes with the small model's log-ratio, against the better of A and the small model alone.
+A stands in for the large model: the lab base after learning newcomers (facts the other does not have). The small one learned a
+procedure (`shift`) instead.
+Compared: the mean of both skills when A decodes with the small model's log-ratio, against the better of A and the small model
+alone.
 """
 
 from temperament.run.claims import Claim
@@ -28,7 +31,11 @@ def run(seed, lab):
     knows, does = lab.tune("knows", taught("newcomers", 3e-4, 200), seed), lab.tune("does", taught("shift", 3e-4, 200), seed)
     small = str(lab.folder / f"does-{seed}")
     merge = {"name": "knows", "merge": {"method": "merge.linear", "of": [str(lab.folder / f"knows-{seed}")]}}
-    system = {"base": "lab/lm", "steps": [merge], "inference": [{"decode.eft": {"tuned": small, "reference": "lab/lm", "draft": 4}}]}
+    system = {
+        "base": "lab/lm",
+        "steps": [merge],
+        "inference": [{"decode.eft": {"tuned": small, "reference": "lab/lm", "draft": 4}}],
+    }
     emulated = lab.tune("eft", system | {"evaluation": EVALUATION}, seed)
     return {"method": emulated | {"both": both(emulated)}, "baseline": {"both": max(both(knows), both(does))}}
 
@@ -36,7 +43,8 @@ def run(seed, lab):
 claim = Claim(
     paper="138",
     title="An Emulator for Fine-Tuning Large Language Models using Small Language Models",
-    says="Adding a tuned model's log-ratio to another model's logits gives the behaviour of the one with the knowledge of the other.",
+    says="Adding a tuned model's log-ratio to another model's logits gives the behaviour of the one with the knowledge "
+    "of the other.",
     parts=("decode.eft",),
     measure="both",
     better="higher",

@@ -1,7 +1,8 @@
 """[213] ReFT: after a warm-up, PPO on the same questions teaches more than going on with SFT on them.
 
-Task: sums of three digits in the head, which the lab base half knows; 400 questions with their answers. Both arms begin with the same warm-up; then PPO with a critic,
-rewarded 1 / 0.1 / 0, or as many further updates of SFT, each at its own best rate. Compared: held-out accuracy.
+Task: sums of three digits in the head, which the lab base half knows; 400 questions with their answers. Both arms begin with
+the same warm-up; then PPO with a critic, rewarded 1 / 0.1 / 0, or as many further updates of SFT, each at its own best rate.
+Compared: held-out accuracy.
 """
 
 from temperament.run.claims import Claim
@@ -17,7 +18,11 @@ def optimizer(rate: float) -> dict:
 
 
 def recipe(arm: str, rate: float) -> dict:
-    warm = {"name": "warm", "train": {"source": ROWS, "optimizer": optimizer(5e-5), "batch": 16, "steps": WARM}, "ledger": False}
+    warm = {
+        "name": "warm",
+        "train": {"source": ROWS, "optimizer": optimizer(5e-5), "batch": 16, "steps": WARM},
+        "ledger": False,
+    }
     if arm == "sft":
         then = {"source": ROWS, "optimizer": optimizer(rate), "batch": 64, "micro": 64, "steps": ROLLOUTS * EPOCHS}
     else:
@@ -27,7 +32,9 @@ def recipe(arm: str, rate: float) -> dict:
             "optimizer": optimizer(1e-3),
         }
         then = {
-            "source": {"rollout.sample": {"prompts": ROWS, "rewards": [{"rewards.number": {"partial": 0.1}}], "group": 2, "max_new": 6}},
+            "source": {
+                "rollout.sample": {"prompts": ROWS, "rewards": [{"rewards.number": {"partial": 0.1}}], "group": 2, "max_new": 6}
+            },
             "objective": {"objectives.policy.ppo": {"beta": 0.02, "gamma": 1.0, "lam": 0.95, "epochs": EPOCHS, "whiten": True}},
             "optimizer": optimizer(rate),
             "batch": 64,

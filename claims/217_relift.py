@@ -1,6 +1,8 @@
-"""[217] ReLIFT: reinforcement alone never solves what no sample solves; supervision on just those questions does, and needs few demonstrations.
+"""[217] ReLIFT: reinforcement alone never solves what no sample solves; supervision on just those questions does, and needs few
+demonstrations.
 
-Task: the new procedure `shift`, which the lab base never answers rightly (hard), beside sums it half knows (easy). Arms: ReLIFT; reinforcement alone.
+Task: the new procedure `shift`, which the lab base never answers rightly (hard), beside sums it half knows (easy). Arms:
+ReLIFT; reinforcement alone.
 Compared: held-out accuracy on the hard task. Beside it: how many demonstrations ReLIFT took, and the easy task.
 """
 
@@ -22,9 +24,15 @@ def recipe(due: int, rate: float) -> dict:
         "batch": 64,
         "micro": 64,
         "steps": STEPS,
-        "players": {"teach": {"objective": {"Tokens": "objectives.sft.cross_entropy"}, "optimizer": {"optim.adamw": {"lr": rate}}}},
+        "players": {
+            "teach": {"objective": {"Tokens": "objectives.sft.cross_entropy"}, "optimizer": {"optim.adamw": {"lr": rate}}}
+        },
     }
-    return {"base": "lab/lm", "steps": [{"name": "relift", "train": train}], "evaluation": {"items": 100, "keep": False, "suites": [SUITE]}}
+    return {
+        "base": "lab/lm",
+        "steps": [{"name": "relift", "train": train}],
+        "evaluation": {"items": 100, "keep": False, "suites": [SUITE]},
+    }
 
 
 def shown(lab, name: str, seed: int) -> int:
@@ -45,7 +53,8 @@ def run(seed, lab):
 claim = Claim(
     paper="217",
     title="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
-    says="Supervision interleaved on the questions all samples fail solves what reinforcement alone cannot, with few demonstrations.",
+    says="Supervision interleaved on the questions all samples fail solves what reinforcement alone cannot, with few "
+    "demonstrations.",
     parts=("rollout.relift", "objectives.policy.grpo"),
     measure="target",
     better="higher",

@@ -1,7 +1,9 @@
-"""[247] Catastrophic forgetting as implicit inference: much of what tuning loses is suppressed, and comes back when asked in another form.
+"""[247] Catastrophic forgetting as implicit inference: much of what tuning loses is suppressed, and comes back when asked in
+another form.
 
-Tuned on one new procedure to 90 %, the lab base answers prompts of the same form as if they were the new task. The same questions are asked in a
-phrasing the tuning never touched. Compared: mean accuracy on the near skills, tuned, with and without; the base's own difference is recorded.
+Tuned on one new procedure to 90 %, the lab base answers prompts of the same form as if they were the new task. The same
+questions are asked in a phrasing the tuning never touched. Compared: mean accuracy on the near skills, tuned, with and without;
+the base's own difference is recorded.
 """
 
 from temperament.run.claims import Claim
@@ -32,7 +34,10 @@ def run(seed, lab):
     other = lab.tune("conjugate", system | {"evaluation": EVALUATION}, seed)
     mean = lambda numbers, when: sum(numbers["skills"][n][when] for n in NEAR) / len(NEAR)
     base = {"base": mean(other, "before"), "gap_of_base": mean(other, "before") - mean(plain, "before")}
-    return {"method": {"near": mean(other, "after"), **base}, "baseline": {"near": mean(plain, "after"), "base": mean(plain, "before")}}
+    return {
+        "method": {"near": mean(other, "after"), **base},
+        "baseline": {"near": mean(plain, "after"), "base": mean(plain, "before")},
+    }
 
 
 claim = Claim(

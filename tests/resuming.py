@@ -10,7 +10,13 @@ import torch
 from temperament.bases.load import load
 from temperament.run.tune import Run, tune
 
-SMALL = {"items": 4, "keep": False, "base": False, "diagnose": [], "suites": [{"evaluate.lab": {"target": "add", "retained": ["sort"]}}]}
+SMALL = {
+    "items": 4,
+    "keep": False,
+    "base": False,
+    "diagnose": [],
+    "suites": [{"evaluate.lab": {"target": "add", "retained": ["sort"]}}],
+}
 
 
 class Killed(Exception):
@@ -22,8 +28,8 @@ def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def killed_and_resumed(document: dict[str, Any], folder: Path, kills: list[int], **seed: Any) -> tuple[Run, Run]:
-    """(the run in one go, the run that died as often as `kills` says). kills: steps counted over the whole run, each of the life
-    it ends; checkpoints are written at every step."""
+    """(the run in one go, the run that died as often as `kills` says). kills: steps counted over the whole run, each of the
+    life it ends; checkpoints are written at every step."""
     base = load(document["base"])
     whole = tune(document, folder / "whole", base=base)
     for count in kills:
@@ -47,4 +53,8 @@ def killed_and_resumed(document: dict[str, Any], folder: Path, kills: list[int],
 def same_to_the_bit(a: Run, b: Run) -> bool:
     x, y = a.json["delta"]["digest"], b.json["delta"]["digest"]
     names = [s["name"] for s in a.json["steps"]]
-    return x == y and names == [s["name"] for s in b.json["steps"]] and torch.equal(*(torch.cat([p.flatten() for _, p in r.base.parameters()]) for r in (a, b)))
+    return (
+        x == y
+        and names == [s["name"] for s in b.json["steps"]]
+        and torch.equal(*(torch.cat([p.flatten() for _, p in r.base.parameters()]) for r in (a, b)))
+    )

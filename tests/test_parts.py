@@ -22,8 +22,14 @@ SRC = str(Path(parts.__file__).parents[1])
 
 
 def python(code: str, **env: str) -> str:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False,
-                          env={**os.environ, "PYTHONPATH": SRC, **env})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": SRC, **env},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -50,14 +56,23 @@ def test_the_index_is_read_without_importing_anything_heavy():
         print(any(m.startswith("temperament.methods") for m in sys.modules), time.perf_counter() - t)
     """)
     count, told, heavy, imported, seconds = out.replace("\n", " ").replace("[]", "none").split()
-    assert int(count) == len(parts.names()) > 25 and told == "True" and heavy == "none" and imported == "False" and float(seconds) < 5
+    assert (
+        int(count) == len(parts.names()) > 25
+        and told == "True"
+        and heavy == "none"
+        and imported == "False"
+        and float(seconds) < 5
+    )
 
 
 def test_every_part_of_the_index_is_what_it_says():
     for name, where in parts.index().items():
         cls = parts.get(name)
         assert cls.part_name == name and f"{cls.__module__}:{cls.__name__}" == where
-        assert parts.brief()[name]["summary"] == parts.card(name).summary and tuple(parts.brief()[name]["papers"]) == parts.card(name).papers
+        assert (
+            parts.brief()[name]["summary"] == parts.card(name).summary
+            and tuple(parts.brief()[name]["papers"]) == parts.card(name).papers
+        )
     assert parts.names("objectives") == [n for n in parts.names() if n.startswith("objectives.")]
 
 
@@ -136,7 +151,11 @@ def test_a_schedule_where_a_number_is_read_once_is_refused():
 def test_slots_hold_parts_that_hold_parts():
     spec = {"merge.lines": {"of": {"merge.lines": {"alpha": 0.5, "of": "merge.linear"}}}}
     made = build(spec, protocols.Merge)
-    assert made.of.of == build("merge.linear") and [type(p).part_name for p in parts.walk(made)] == ["merge.lines", "merge.lines", "merge.linear"]
+    assert made.of.of == build("merge.linear") and [type(p).part_name for p in parts.walk(made)] == [
+        "merge.lines",
+        "merge.lines",
+        "merge.linear",
+    ]
     assert "merge.lines.of" in refused({"merge.lines": {"of": "adapters.lora"}})
     assert "of.merge.linear.scael" in refused({"merge.lines": {"of": {"merge.linear": {"scael": 2}}}})
     sample = {"prompts": {"data.lab": {"skills": ["add"]}}, "rewards": "rewards.lab"}  # one part where several may stand
@@ -147,17 +166,32 @@ def test_slots_hold_parts_that_hold_parts():
 def test_plain_types():
     assert coerce([1, 2], list[float], "x") == [1.0, 2.0] and coerce([0.9, 0.99], tuple[float, float], "x") == (0.9, 0.99)
     assert coerce(None, int | None, "x") is None and coerce("a", Literal["a", "b"], "x") == "a" and coerce(3, float, "x") == 3.0
-    for bad, hint in [([1], tuple[float, float]), ("1", int), (1.5, int), ("x", Literal["a"]), ({"a": "b"}, dict[str, int]), ("abc", list[str])]:
+    for bad, hint in [
+        ([1], tuple[float, float]),
+        ("1", int),
+        (1.5, int),
+        ("x", Literal["a"]),
+        ({"a": "b"}, dict[str, int]),
+        ("abc", list[str]),
+    ]:
         with pytest.raises(UserError, match="x"):
             coerce(bad, hint, "x")
 
 
-ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(parts.names()),
-                   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from(parts.names()), inner, max_size=3), max_leaves=6)  # fmt: skip
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(parts.names()),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from(parts.names()), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 @settings(max_examples=250, deadline=None)
-@given(ANY, st.sampled_from([None, protocols.Trainable, protocols.Objective, protocols.Source, protocols.Merge, protocols.Optimizer]))
+@given(
+    ANY,
+    st.sampled_from([None, protocols.Trainable, protocols.Objective, protocols.Source, protocols.Merge, protocols.Optimizer]),
+)
 def test_anything_else_is_a_sentence(value, slot):
     try:
         made = build(value, slot)
@@ -238,9 +272,28 @@ def elsewhere(tmp_path):
 
 
 def test_a_part_of_another_package_runs_from_a_recipe(elsewhere):
-    recipe = {"base": "lab/lm", "check": False, "evaluation": {"keep": False, "base": False, "suites": [{"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}]},
-              "steps": [{"name": "a", "ledger": False, "train": {"source": {"data.lab": {"skills": ["shift"], "rows": 8}}, "steps": 2, "batch": 4,
-                         "objective": {"objectives.sft.half_nll": {"factor": 0.25}}, "trainable": {"adapters.lora": {"rank": 2}}}}]}  # fmt: skip
+    recipe = {
+        "base": "lab/lm",
+        "check": False,
+        "evaluation": {
+            "keep": False,
+            "base": False,
+            "suites": [{"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}],
+        },
+        "steps": [
+            {
+                "name": "a",
+                "ledger": False,
+                "train": {
+                    "source": {"data.lab": {"skills": ["shift"], "rows": 8}},
+                    "steps": 2,
+                    "batch": 4,
+                    "objective": {"objectives.sft.half_nll": {"factor": 0.25}},
+                    "trainable": {"adapters.lora": {"rank": 2}},
+                },
+            }
+        ],
+    }
     out = python(f"""
         import json, sys
         from temperament import parts

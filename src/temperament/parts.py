@@ -7,15 +7,15 @@
         share: float = 0.5
 
 A part is named `room.name`. Nothing is imported until it is asked for: the index is read from the *text* of the files in
-`methods/`, so `temper parts` lists three hundred methods without loading torch; third parties add parts by the entry point group
-`temperament.parts`. In a recipe a part is its name, or its name with options:
+`methods/`, so `temper parts` lists three hundred methods without loading torch; third parties add parts by the entry point
+group `temperament.parts`. In a recipe a part is its name, or its name with options:
 
     objective: objectives.preference.dpo
     trainable: {adapters.lora: {rank: 8}}
 
 A field typed by one of the protocols (see `protocols.py`) is a *slot* that another part fills. Any float may be given as a
-*schedule* where the part is read anew at each step: `beta: {schedules.linear: {start: 0.1, end: 0.5}}`; the loop replaces it by its
-value of the moment (`at`), so no method knows about schedules.
+*schedule* where the part is read anew at each step: `beta: {schedules.linear: {start: 0.1, end: 0.5}}`; the loop replaces it by
+its value of the moment (`at`), so no method knows about schedules.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Card:
         return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in keys}
 
 
-def part(name: str, *, papers: Iterable[str] = (), modalities: Iterable[str] = ("any",), declares: Iterable[str] = ()) -> Callable:
+def part(
+    name: str, *, papers: Iterable[str] = (), modalities: Iterable[str] = ("any",), declares: Iterable[str] = ()
+) -> Callable:
     """Register a frozen dataclass as the part `room.name`.
 
     papers: catalogue numbers. declares: what checks and reports must know of it, out of "couples the batch",
@@ -94,7 +96,9 @@ def index() -> dict[str, str]:
             found[name] = f"{module}:{cls}"
     for entry in importlib.metadata.entry_points(group="temperament.parts"):
         if entry.name in found:
-            raise UserError("entry point temperament.parts", entry.name, f"already a part of temperament; rename it in {entry.value}")
+            raise UserError(
+                "entry point temperament.parts", entry.name, f"already a part of temperament; rename it in {entry.value}"
+            )
         found[entry.name] = entry.value
     return found
 
@@ -107,7 +111,9 @@ def get(name: str, field: str = "part") -> type:
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as problem:
-        raise UserError(field, name, f"{known[name]} could not be loaded ({problem}); install what it needs, or remove the package") from problem
+        raise UserError(
+            field, name, f"{known[name]} could not be loaded ({problem}); install what it needs, or remove the package"
+        ) from problem
     if getattr(cls, "part_name", None) != name:
         raise UserError(field, name, f"{known[name]} does not register it; write @part({name!r}) above the class")
     return cls
@@ -122,7 +128,10 @@ def brief() -> dict[str, dict[str, Any]]:
         head = next((m for m in _FULL.finditer(text) if m[1] == name), None)
         papers = re.search(r"papers\s*=\s*[\[(]([^\])]*)", head[2]) if head else None
         doc = re.search(rf'^class {re.escape(cls)}\b.*?:\s*\n\s+r?"""\s*(.+?)\s*(?:"""|$)', text, re.M) if head else None
-        told[name] = {"summary": doc[1] if doc else "", "papers": re.findall(r"[\"']([^\"']+)[\"']", papers[1]) if papers else []}
+        told[name] = {
+            "summary": doc[1] if doc else "",
+            "papers": re.findall(r"[\"']([^\"']+)[\"']", papers[1]) if papers else [],
+        }
     return told
 
 
@@ -158,7 +167,11 @@ def card(name: str) -> Card:
     options = {}
     for f, hint in _hints(cls).items():
         default = _default(f)
-        options[f.name] = {"type": _shown(hint), "default": "(required)" if default is MISSING else plain(default), "help": described.get(f.name, "")}
+        options[f.name] = {
+            "type": _shown(hint),
+            "default": "(required)" if default is MISSING else plain(default),
+            "help": described.get(f.name, ""),
+        }
     return Card(name, name.rpartition(".")[0].split(".")[0], cls.part_papers, doc.split("\n")[0], doc,
                 cls.part_modalities, cls.part_declares, options)  # fmt: skip
 
@@ -214,7 +227,9 @@ def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] 
     for key, given in options.items():
         if key not in hints:
             raise UserError(_under(field, key), given, f"no such key; {nearest(str(key), hints)}")
-        filled[key] = coerce(given, hints[key][1], _under(field, key), scheduled if isinstance(scheduled, bool) else key in scheduled)
+        filled[key] = coerce(
+            given, hints[key][1], _under(field, key), scheduled if isinstance(scheduled, bool) else key in scheduled
+        )
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
             raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
@@ -265,7 +280,11 @@ def coerce(value: Any, hint: Any, field: str, scheduled: bool = False) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(field, value, "give a mapping")
         return {coerce(k, args[0], f"{field} key"): coerce(v, args[1], f"{field}.{k}", scheduled) for k, v in value.items()}
-    if hint is float and (isinstance(value, Mapping) or hasattr(type(value), "part_name") or (isinstance(value, str) and value.startswith("schedules."))):
+    if hint is float and (
+        isinstance(value, Mapping)
+        or hasattr(type(value), "part_name")
+        or (isinstance(value, str) and value.startswith("schedules."))
+    ):
         from temperament.protocols import Schedule
 
         if not scheduled:
@@ -285,7 +304,11 @@ def _adapter(hint: Any, field: str, value: Any) -> Any:
         out = adapter.validate_python(tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"] if not str(p).startswith(("function", "constrained")))
+        where = "".join(
+            f"[{p}]" if isinstance(p, int) else f".{p}"
+            for p in first["loc"]
+            if not str(p).startswith(("function", "constrained"))
+        )
         raise UserError(field + where, first["input"], first["msg"][0].lower() + first["msg"][1:].rstrip(".")) from None
     if isinstance(out, float) and math.isnan(out):
         raise UserError(field, value, "give a number; nan is none")
@@ -303,7 +326,11 @@ def _has_slot(hint: Any) -> bool:
 def _fits_room(name: str, slot: Any, field: str) -> None:
     if slot is not None and slot.rooms and not any(name.startswith(room + ".") for room in slot.rooms):
         mine = [n for room in slot.rooms for n in names(room)]
-        raise UserError(field, name, f"this place takes a part of {' or '.join(slot.rooms)}; {nearest(name, mine) if mine else 'none is installed'}")
+        raise UserError(
+            field,
+            name,
+            f"this place takes a part of {' or '.join(slot.rooms)}; {nearest(name, mine) if mine else 'none is installed'}",
+        )
 
 
 def _fits(cls: type, slot: Any, field: str) -> None:

@@ -68,7 +68,9 @@ every = pytest.mark.parametrize("name", sorted(MAKE))
 
 
 def test_the_table_has_every_kind():
-    assert {name.split(".")[0] for name in MAKE} - {"nested"} == {k for k in Change.kinds if not k.startswith("rice")}  # codecs on disk have a test of their own
+    assert {name.split(".")[0] for name in MAKE} - {"nested"} == {
+        k for k in Change.kinds if not k.startswith("rice")
+    }  # codecs on disk have a test of their own
 
 
 @every

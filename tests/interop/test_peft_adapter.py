@@ -58,11 +58,16 @@ def adapter(request, tmp_path):
                 p.add_(0.05 * torch.randn_like(p))
     made.save_pretrained(tmp_path / "peft")
     assert "temperament" not in " ".join(p.name for p in (tmp_path / "peft").iterdir())
-    return tmp_path / "peft", logits(made.eval()), request.param
+    return tmp_path / "peft", logits(made.eval())
 
 
 def recipe(base, steps):
-    train = {"source": {"data.lab": {"skills": ["shift"], "rows": 16}}, "steps": steps, "batch": 4, "trainable": "adapters.lora"}
+    train = {
+        "source": {"data.lab": {"skills": ["shift"], "rows": 16}},
+        "steps": steps,
+        "batch": 4,
+        "trainable": "adapters.lora",
+    }
     suites = [{"evaluate.lab": {"target": "shift", "retained": ["reverse"]}}]
     measured = {"suites": suites, "items": 2, "keep": False, "diagnose": []}
     return {"base": str(base), "check": False, "steps": [{"name": "sft", "train": train}], "evaluation": measured}
@@ -71,7 +76,7 @@ def recipe(base, steps):
 def test_it_is_a_model_for_every_verb(adapter, tmp_path, capsys, monkeypatch):
     import io
 
-    folder, wanted, kind = adapter
+    folder, wanted = adapter
     found = subject(folder)
     assert close(logits(found.model), wanted)
     with found.at("base"):
@@ -92,7 +97,7 @@ def test_it_is_a_model_for_every_verb(adapter, tmp_path, capsys, monkeypatch):
 
 
 def test_it_is_a_base_and_the_start_of_a_dial(adapter, tmp_path):
-    folder, wanted, kind = adapter
+    folder, wanted = adapter
     still = tp.tune(recipe(folder, 0), tmp_path / "still", report=False)
     assert close(logits(still.model), wanted)
     run = tp.tune(recipe(folder, 1), tmp_path / "run", report=False)

@@ -20,13 +20,30 @@ class Outputs:
 
 
 def theirs(trl, beta, policy, reference):
-    trainer = MagicMock(beta=beta, label_smoothing=0.0, loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, use_weighting=False,
-                        aux_loss_enabled=False, precompute_ref_logps=True, f_divergence_type="reverse_kl", _tp_size=1, _total_train_tokens=0)  # fmt: skip
+    trainer = MagicMock(
+        beta=beta,
+        label_smoothing=0.0,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        ld_alpha=None,
+        use_weighting=False,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        _tp_size=1,
+        _total_train_tokens=0,
+    )
     trainer.accelerator.device, trainer.accelerator.gather = "cpu", lambda x: x
     trainer.accelerator.gather_for_metrics = lambda x: x
     ids, mask = torch.ones(policy.shape, dtype=torch.long), torch.ones(policy.shape, dtype=torch.long)
     chosen, rejected = reference.sum(1).chunk(2)
-    inputs = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "completion_mask": mask,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
     return trl.DPOTrainer._compute_loss(trainer, lambda **_: Outputs(policy[:, 1:]), inputs, False)
 
 

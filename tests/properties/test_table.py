@@ -109,7 +109,9 @@ def test_schedules_by_their_formulas():
 
 def parameters(*shapes):
     r = rng()
-    make = lambda i, s: Param(f"lm/{i}.{'weight' if len(s) > 1 else 'bias'}", torch.nn.Parameter(torch.randn(s, generator=r)), decay=len(s) > 1)
+    make = lambda i, s: Param(
+        f"lm/{i}.{'weight' if len(s) > 1 else 'bias'}", torch.nn.Parameter(torch.randn(s, generator=r)), decay=len(s) > 1
+    )
     return [make(i, s) for i, s in enumerate(shapes)]
 
 

@@ -98,7 +98,8 @@ def test_peft_loads_what_we_wrote(name, options, arch, tmp_path):
         assert near(theirs(**inputs).logits, want)
 
 
-# ---- LoRA's fused node against plain autograd ---------------------------------------------------------------------------------
+# ---- LoRA's fused node against plain autograd
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -126,7 +127,12 @@ MAPS = {
     "linear": (lambda: nn.Linear(6, 5), "linear", (6,), lambda r: torch.randn(3, 4, 6, generator=r)),
     "without bias": (lambda: nn.Linear(6, 5, bias=False), "linear", (6,), lambda r: torch.randn(3, 6, generator=r)),
     "conv1d": (lambda: conv1d(6, 5), "conv1d", (6,), lambda r: torch.randn(3, 4, 6, generator=r)),
-    "conv": (lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1), "linear", (3, 3, 3), lambda r: torch.randn(2, 3, 7, 7, generator=r)),
+    "conv": (
+        lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1),
+        "linear",
+        (3, 3, 3),
+        lambda r: torch.randn(2, 3, 7, 7, generator=r),
+    ),
     "embedding": (lambda: nn.Embedding(9, 5), "embedding", (9,), lambda r: torch.randint(0, 9, (3, 4), generator=r)),
 }
 
@@ -145,7 +151,9 @@ def test_value_and_gradients_are_those_of_the_merged_weight(kind):
     wanted = [piece.A, piece.B, *([x] if x.requires_grad else [])]
     mine = torch.autograd.grad(y, wanted, g)
     merged = module.weight + piece.change().delta(module.weight)
-    z = torch.func.functional_call(make(), {"weight": merged} | ({"bias": module.bias} if getattr(module, "bias", None) is not None else {}), (x,))
+    z = torch.func.functional_call(
+        make(), {"weight": merged} | ({"bias": module.bias} if getattr(module, "bias", None) is not None else {}), (x,)
+    )
     assert torch.allclose(y, z, atol=1e-5)
     for a, b in zip(mine, torch.autograd.grad(z, wanted, g), strict=True):
         assert torch.allclose(a, b, atol=1e-4), kind
@@ -225,7 +233,8 @@ def test_a_tied_embedding_is_adapted_rightly_or_refused(arch, targets):
     assert near(run(arch, base, inputs), moved)
 
 
-# ---- dropout, scale, ranks ------------------------------------------------------------------------------------------------------
+# ---- dropout, scale, ranks
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_dropout_is_addressed_by_example_and_position():
@@ -262,7 +271,10 @@ def test_lora_starts_by_place_and_seed_and_b_has_its_own_rate():
     one, two, other = make(), make(targets=["q"]), live(base, {"adapters.lora": {"rank": 2}}, seed=4)
     assert all(torch.equal(two.params[n].tensor, one.params[n].tensor) for n in two.params)  # whatever else is adapted
     q = "lm/model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(one.params[q + ":A"].tensor, other.params[q + ":A"].tensor) and one.params[q + ":B"].tensor.abs().max() == 0
+    assert (
+        not torch.equal(one.params[q + ":A"].tensor, other.params[q + ":A"].tensor)
+        and one.params[q + ":B"].tensor.abs().max() == 0
+    )
     assert not torch.equal(one.params[q + ":A"].tensor, one.params[q.replace("layers.0", "layers.1") + ":A"].tensor)
     factors = {p.role: p.lr_factor for p in make(lr_factor_B=16.0).params.values()}
     assert factors == {"A": 1.0, "B": 16.0}

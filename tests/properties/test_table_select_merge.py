@@ -78,7 +78,10 @@ def test_draws_differ_by_seed_round_and_number_and_repeat():
     assert chosen(base, s) == chosen(base, s)
     for other in (dict(s=s + 1), dict(s=s, round=1), dict(s=s, draw=1)):
         different = [chosen(base, **{**dict(s=s), **other, "outside": False}) != chosen(base, s, outside=False)]
-        different += [chosen(base, **{**other, "s": other["s"] + k, "outside": False}) != chosen(base, s + k, outside=False) for k in (10, 20)]
+        different += [
+            chosen(base, **{**other, "s": other["s"] + k, "outside": False}) != chosen(base, s + k, outside=False)
+            for k in (10, 20)
+        ]
         assert any(different)
     seen = Counter(n for k in range(200) for n in chosen(base, s + k, outside=False))
     ps = [p.name for b in base.places.blocks() for p in b.places]
@@ -123,7 +126,9 @@ def test_only_and_freeze():
     names = lambda **o: set(live(base, {"select.full": o}).params)
     everything = names()
     assert everything == {n for n, _ in base.parameters()}
-    assert names(only=["q"]) == {n for n in everything if "q_proj" in n} and names(freeze=["q"]) == everything - names(only=["q"])
+    assert names(only=["q"]) == {n for n in everything if "q_proj" in n} and names(freeze=["q"]) == everything - names(
+        only=["q"]
+    )
     with pytest.raises(UserError, match=r"select\.full\.only"):
         names(only=["qq"])
 
@@ -146,7 +151,9 @@ def change_on(base, kind="dense", only=None):
 
 def tuned(base, delta):
     """Tensors of base + delta; the base is left as it was."""
-    return {n: delta.change(n).apply(p.detach()).clone() if n in delta.changes else p.detach().clone() for n, p in base.parameters()}
+    return {
+        n: delta.change(n).apply(p.detach()).clone() if n in delta.changes else p.detach().clone() for n, p in base.parameters()
+    }
 
 
 def same(a, b, atol=1e-6):
@@ -154,7 +161,9 @@ def same(a, b, atol=1e-6):
 
 
 KINDS = ["dense", "low", "replace"]
-SHAPES = [p for p in variants("merge") if hasattr(parts.get(p.values[0]), "scale_delta")]  # the rest: tests/methods/test_merge.py
+SHAPES = [
+    p for p in variants("merge") if hasattr(parts.get(p.values[0]), "scale_delta")
+]  # the rest: tests/methods/test_merge.py
 
 
 @pytest.mark.parametrize("name, options", SHAPES)
@@ -180,7 +189,9 @@ def test_linear_is_a_weighted_sum(kind):
     for scale in (1.0, 0.6):
         sum_, mean = ({n: W[n] + scale * sum(x * (t[n] - W[n]) for x, t in zip(v, (A, B), strict=True)) for n in W}
                       for v in (w, [x / sum(w) for x in w]))  # fmt: skip
-        assert same(linear(a, b, weights=w, normalise=False, scale=scale), sum_, 1e-5) and same(linear(a, b, weights=w, scale=scale), mean, 1e-5)
+        assert same(linear(a, b, weights=w, normalise=False, scale=scale), sum_, 1e-5) and same(
+            linear(a, b, weights=w, scale=scale), mean, 1e-5
+        )
     with pytest.raises(UserError, match="give as many"):
         linear(a, b, weights=[1.0])
     with pytest.raises(UserError, match="sum to 0"):
@@ -226,12 +237,16 @@ def test_lines_wraps_a_merge_and_edits_of_disjoint_layers_commute():
     a, b = change_on(base), change_on(base)
     build = lambda spec: parts.build(spec).merge
     inner = build({"merge.linear": {"weights": [0.3, 0.9], "normalise": False}})(base, [a, b])
-    outer = build({"merge.lines": {"alpha": 0.4, "of": {"merge.linear": {"weights": [0.3, 0.9], "normalise": False}}}})(base, [a, b])
+    outer = build({"merge.lines": {"alpha": 0.4, "of": {"merge.linear": {"weights": [0.3, 0.9], "normalise": False}}}})(
+        base, [a, b]
+    )
     assert same(tuned(base, outer), tuned(base, build({"merge.lines": {"alpha": 0.4}})(base, [inner])))
     first, last = change_on(base, only=lambda n: "layers.0." in n), change_on(base, only=lambda n: "layers.1." in n)
     lines = lambda d: build({"merge.lines": {"alpha": 0.2, "beta": 0.5}})(base, [d])
     together = tuned(base, lines(first + last))
-    assert same(together, tuned(base, lines(first) + lines(last)), 1e-6) and same(together, tuned(base, lines(last) + lines(first)), 1e-6)
+    assert same(together, tuned(base, lines(first) + lines(last)), 1e-6) and same(
+        together, tuned(base, lines(last) + lines(first)), 1e-6
+    )
 
 
 # ---- intruder dimensions ----------------------------------------------------------------------------------------------------
@@ -272,7 +287,9 @@ def test_one_new_direction_is_one_intruder():
         if s == 50.0:
             assert found["intruders"] == 1 and row["ranks"] == [0] and row["singular_values"][0] == pytest.approx(50, rel=0.05)
             assert row["overlap"][0] < 0.5 and min(row["overlap"][1:]) > 0.5
-            assert row["effective_rank"] == pytest.approx(1, abs=1e-2) and row["relative_norm"] == pytest.approx(50 / float(W0.norm()), rel=1e-3)
+            assert row["effective_rank"] == pytest.approx(1, abs=1e-2) and row["relative_norm"] == pytest.approx(
+                50 / float(W0.norm()), rel=1e-3
+            )
         m, S = overlaps(W0.double(), W.double(), 4)
         want_U, want_S, _ = torch.linalg.svd(W.double())
         U0 = torch.linalg.svd(W0.double())[0]

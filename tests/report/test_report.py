@@ -280,13 +280,19 @@ def test_verdict_and_numbers_are_on_top():
 
 def test_a_dial_of_two_shapes_is_two_pairs_of_curves():
     point = lambda shape, s, target, retained: {
-        "shape": f"merge.{shape}", "strength": s, "target": target, "retained": retained, "retained_change": 100 * (retained - 0.9),
+        "shape": f"merge.{shape}",
+        "strength": s,
+        "target": target,
+        "retained": retained,
+        "retained_change": 100 * (retained - 0.9),
         "skills": {"shift": target},
-    }  # fmt: skip
+    }
     straight = [point("linear", s, s, 0.9 - 0.4 * s) for s in (0.0, 0.5, 1.0)]
     lines = [point("lines", s, 0.3 + 0.6 * s, 0.8 - 0.1 * s) for s in (0.0, 0.5, 1.0)]
     one = charts.dial({"points": straight, "best": straight[1], "budget": 30})
-    assert [e["name"] for e in one["legend"]] == ["target, %", "retained, %", "single skills"] and not any(r["shape"] for r in one["rows"])
+    assert [e["name"] for e in one["legend"]] == ["target, %", "retained, %", "single skills"] and not any(
+        r["shape"] for r in one["rows"]
+    )
     both = charts.dial({"points": straight + lines, "best": lines[1], "budget": 30})
     assert both["chart"].count("<polyline") == 4 and len(both["legend"]) == 4 and len(both["rows"]) == 6
     assert [r["shape"] for r in both["rows"] if r["best"]] == ["lines"] and "0.5 (lines)" in both["said"]

@@ -1,4 +1,5 @@
-"""Runs on every kind of base - a version, one kept as a delta, a run, a step, an adapter - are loaded, exported, merged, dialled right."""
+"""Runs on every kind of base - a version, one kept as a delta, a run, a step, an adapter - are loaded, exported, merged,
+dialled right."""
 
 import json
 from pathlib import Path
@@ -137,7 +138,10 @@ def test_what_is_no_model_says_so(tmp_path):
 
     run(tmp_path / "a", "lab/lm")
     stored = json.loads((tmp_path / "a" / "run.json").read_text())
-    for change, word in (({"status": "interrupted"}, "--resume"), ({"kind": "study", "runs": {"x": {"folder": "runs/x"}}}, "several")):
+    for change, word in (
+        ({"status": "interrupted"}, "--resume"),
+        ({"kind": "study", "runs": {"x": {"folder": "runs/x"}}}, "several"),
+    ):
         (tmp_path / "a" / "run.json").write_text(json.dumps(stored | change))
         for use in (lambda: subject(tmp_path / "a"), lambda: tp.merge([str(tmp_path / "a")], tmp_path / "m")):
             with pytest.raises(UserError, match=word):

@@ -26,10 +26,18 @@ def off(base, tuned, got):
     return (left / sum(float((tuned[k] - base[k]).double().square().sum()) for k in base)) ** 0.5
 
 
-@pytest.mark.parametrize("options", [
-    {"kind": "low_rank", "rank": 4}, {"kind": "low_rank", "error": 0.3}, {"kind": "sparse", "density": 0.1},
-    {"kind": "sparse", "error": 0.2}, {"kind": "ternary"}, {"kind": "ternary", "density": 0.2}, {"kind": "ternary", "error": 0.6},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "low_rank", "rank": 4},
+        {"kind": "low_rank", "error": 0.3},
+        {"kind": "sparse", "density": 0.1},
+        {"kind": "sparse", "error": 0.2},
+        {"kind": "ternary"},
+        {"kind": "ternary", "density": 0.2},
+        {"kind": "ternary", "error": 0.6},
+    ],
+)
 def test_error_and_size_are_as_stated(pair, tmp_path, options):
     base, tuned = map(str, pair)
     done = extract(base, tuned, tmp_path / "out", **options)

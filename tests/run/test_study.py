@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import replace
 
 import pytest
 from tiny import seed
@@ -15,19 +14,46 @@ from temperament.run.recipe import read
 from temperament.run.study import carry_out, summary
 from temperament.stats import t_interval
 
-TRAIN = {"source": {"data.lab": {"skills": ["shift"], "rows": 16}}, "steps": 1, "batch": 4, "optimizer": {"optim.adamw": {"lr": 1e-4}}}
-RECIPE = {"base": "lab/lm", "check": False, "steps": [{"name": "a", "train": TRAIN}],
-          "evaluation": {"keep": False, "diagnose": [], "suites": [{"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}]}}  # fmt: skip
+TRAIN = {
+    "source": {"data.lab": {"skills": ["shift"], "rows": 16}},
+    "steps": 1,
+    "batch": 4,
+    "optimizer": {"optim.adamw": {"lr": 1e-4}},
+}
+RECIPE = {
+    "base": "lab/lm",
+    "check": False,
+    "steps": [{"name": "a", "train": TRAIN}],
+    "evaluation": {
+        "keep": False,
+        "diagnose": [],
+        "suites": [{"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}],
+    },
+}
 
 
 def compare(**arms) -> Compare:
     seeds = arms.pop("seeds", [0])
-    return parts.build({"studies.compare": {"arms": {n: {"trainable": t, "rates": r} for n, (t, r) in arms.items()}, "seeds": seeds}})
+    return parts.build(
+        {"studies.compare": {"arms": {n: {"trainable": t, "rates": r} for n, (t, r) in arms.items()}, "seeds": seeds}}
+    )
 
 
 def run(target=0.9, gain=50.0, loss=1.0, reached=True, **more):
-    return {"target": target, "gain": gain, "retained": 1 - (loss or 0) / 100, "loss": loss, "near_loss": loss, "nll": 0.1, "kl": 0.2, "reached": reached,
-            "steps": 3, "seconds": 1.0, "parameters": 7, **more}  # fmt: skip
+    return {
+        "target": target,
+        "gain": gain,
+        "retained": 1 - (loss or 0) / 100,
+        "loss": loss,
+        "near_loss": loss,
+        "nll": 0.1,
+        "kl": 0.2,
+        "reached": reached,
+        "steps": 3,
+        "seconds": 1.0,
+        "parameters": 7,
+        **more,
+    }
 
 
 def lr(recipe, at=Progress(9, 10)):
@@ -35,17 +61,36 @@ def lr(recipe, at=Progress(9, 10)):
 
 
 def test_arms_run_the_recipe_with_their_own_method_and_rate():
-    study, recipe = compare(full=("select.full", []), lora=("adapters.lora", []), half=("select.half", [3e-4]), seeds=[4, 5]), read(RECIPE)
+    study, recipe = (
+        compare(full=("select.full", []), lora=("adapters.lora", []), half=("select.half", [3e-4]), seeds=[4, 5]),
+        read(RECIPE),
+    )
     planned = dict(study.plan(recipe, {}))
-    assert list(planned) == [("full", 4, None), ("full", 5, None), ("lora", 4, None), ("lora", 5, None), ("half", 4, 3e-4), ("half", 5, 3e-4)]
+    assert list(planned) == [
+        ("full", 4, None),
+        ("full", 5, None),
+        ("lora", 4, None),
+        ("lora", 5, None),
+        ("half", 4, 3e-4),
+        ("half", 5, 3e-4),
+    ]
     full, lora, half = (planned[w] for w in (("full", 4, None), ("lora", 5, None), ("half", 4, 3e-4)))
-    assert lr(full) == pytest.approx(1e-4) and lr(lora) == pytest.approx(1e-3) and lr(half) == pytest.approx(3e-4)  # LoRA's usual rate is ten times
+    assert (
+        lr(full) == pytest.approx(1e-4) and lr(lora) == pytest.approx(1e-3) and lr(half) == pytest.approx(3e-4)
+    )  # LoRA's usual rate is ten times
     assert [r.seed for r in planned.values()] == [4, 5] * 3 and full.steps[0].train.trainable == [parts.build("select.full")]
     assert recipe == read(RECIPE)
 
 
-@pytest.mark.parametrize("schedule", [{"schedules.cosine": {"peak": 1e-4, "end": 1e-5, "warmup": 3}}, {"schedules.constant": {"value": 1e-4}},
-                                      {"schedules.steps": {"values": [1e-4, 1e-5], "at": [0.5]}}, {"schedules.linear": {"start": 1e-4}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"schedules.cosine": {"peak": 1e-4, "end": 1e-5, "warmup": 3}},
+        {"schedules.constant": {"value": 1e-4}},
+        {"schedules.steps": {"values": [1e-4, 1e-5], "at": [0.5]}},
+        {"schedules.linear": {"start": 1e-4}},
+    ],
+)
 def test_rates_keep_the_shape_of_their_schedule(schedule):
     recipe = json.loads(json.dumps(RECIPE))
     recipe["steps"][0]["train"]["optimizer"] = {"optim.adamw": {"lr": schedule}}
@@ -65,8 +110,13 @@ def test_the_rate_kept_reached_the_level_and_lost_least():
         planned.append(where)
         done[where] = results[where[2]]
     assert planned == [("a", 0, 1.0), ("a", 0, 2.0), ("a", 0, 3.0), ("a", 1, 3.0)]
-    assert study.best_rate("a", [1.0, 2.0], {("a", 0, 1.0): run(0.5, reached=False), ("a", 0, 2.0): run(0.7, reached=False)}) == 2.0
-    assert study.best_rate("a", [1.0, 2.0], {("a", 0, 1.0): run(loss=1.0), ("a", 0, 2.0): run(loss=1.0)}) == 1.0  # alike: the gentler
+    assert (
+        study.best_rate("a", [1.0, 2.0], {("a", 0, 1.0): run(0.5, reached=False), ("a", 0, 2.0): run(0.7, reached=False)})
+        == 2.0
+    )
+    assert (
+        study.best_rate("a", [1.0, 2.0], {("a", 0, 1.0): run(loss=1.0), ("a", 0, 2.0): run(loss=1.0)}) == 1.0
+    )  # alike: the gentler
     assert study.read(done)["arms"][0]["rate"] == 3.0 and len(study.read(done)["arms"][0]["runs"]) == 2
 
 
@@ -86,13 +136,22 @@ def test_the_interval_is_scipys(n):
     values = [random.gauss(3, 2) for _ in range(n)]
     mean, (low, high) = t_interval(values)
     want = stats.t.interval(0.95, n - 1, loc=mean, scale=stats.sem(values))
-    assert mean == pytest.approx(sum(values) / n) and (high - low) == pytest.approx(want[1] - want[0], rel=5e-3) and (low + high) / 2 == pytest.approx(mean)
+    assert (
+        mean == pytest.approx(sum(values) / n)
+        and (high - low) == pytest.approx(want[1] - want[0], rel=5e-3)
+        and (low + high) / 2 == pytest.approx(mean)
+    )
     assert t_interval(values[:1]) == (values[0], None)
 
 
 def test_arms_by_name():
     assert list(arms_of(["select.full", "adapters.lora"])) == ["select.full", "adapters.lora"]
-    for wrong, why in ((["select.full", "select.full"], "named twice"), (["select.fall"], "select.full"), (["data.mix"], "select or adapters"), (["merge.linear"], "has no build")):
+    for wrong, why in (
+        (["select.full", "select.full"], "named twice"),
+        (["select.fall"], "select.full"),
+        (["data.mix"], "select or adapters"),
+        (["merge.linear"], "has no build"),
+    ):
         with pytest.raises(UserError, match=why):
             arms_of(wrong)
     with pytest.raises(UserError, match="at least one arm"):
@@ -102,7 +161,11 @@ def test_arms_by_name():
 def test_carried_out_once_and_read_from_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TEMPERAMENT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("temperament.run.plan.plan", lambda recipe, base: {})
-    study, recipe, told = compare(half=("select.half", []), lora=({"adapters.lora": {"rank": 2}}, [1e-3, 2e-3]), seeds=[seed()]), read(RECIPE), []
+    study, recipe, told = (
+        compare(half=("select.half", []), lora=({"adapters.lora": {"rank": 2}}, [1e-3, 2e-3]), seeds=[seed()]),
+        read(RECIPE),
+        [],
+    )
     finding = carry_out(study, recipe, tmp_path / "s", lambda event, **data: told.append(event))
     assert told.count("arm-done") == 3 and [a["name"] for a in finding["finding"]["arms"]] == ["half", "lora"]
     again = carry_out(study, recipe, tmp_path / "s", lambda event, **data: told.append(event))
@@ -111,7 +174,9 @@ def test_carried_out_once_and_read_from_what_is_there(tmp_path, monkeypatch):
     assert left["kind"] == "study" and left["status"] == "done" and len(left["runs"]) == 3
     one = json.loads((tmp_path / "s" / next(iter(left["runs"].values()))["folder"] / "run.json").read_text())
     got, skills = summary(one), {s["name"]: s for s in one["ledger"]["skills"]}
-    assert got["gain"] == pytest.approx(100 * skills["shift"]["change"]) and got["loss"] == pytest.approx(-100 * skills["copy"]["change"])
+    assert got["gain"] == pytest.approx(100 * skills["shift"]["change"]) and got["loss"] == pytest.approx(
+        -100 * skills["copy"]["change"]
+    )
     assert got["digest"] == one["delta"]["digest"] and got["steps"] == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").touch()

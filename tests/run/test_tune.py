@@ -39,7 +39,14 @@ def lab(skill="shift", rows=16, **more):
 
 def train(name, skill="shift", steps=2, **more):
     step = {k: more.pop(k) for k in ("start", "ledger", "when") if k in more}
-    spec = {"source": lab(skill), "steps": steps, "batch": 4, "trainable": [LORA], "optimizer": {"optim.adamw": {"lr": 1e-3}}, **more}
+    spec = {
+        "source": lab(skill),
+        "steps": steps,
+        "batch": 4,
+        "trainable": [LORA],
+        "optimizer": {"optim.adamw": {"lr": 1e-3}},
+        **more,
+    }
     return {"name": name, "train": spec, **step}
 
 
@@ -62,13 +69,21 @@ def change(run) -> dict[str, torch.Tensor]:
     return {n: run.delta.change(n).apply(known[n].detach()).clone() for n in run.delta.changes}
 
 
-# ---- chains -----------------------------------------------------------------------------------------------------------------------
+# ---- chains
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_sft_then_dpo_then_grpo_and_nothing_twice(base, tmp_path):
-    steps = [train("sft"), train("dpo", source=lab(pairs=True), objective="objectives.preference.dpo"),
-             train("grpo", batch=4, source={"rollout.sample": {"prompts": lab(), "rewards": ["rewards.lab"], "group": 2, "max_new": 4}},
-                   objective={"objectives.policy.grpo": {"beta": 0.1}})]  # fmt: skip
+    steps = [
+        train("sft"),
+        train("dpo", source=lab(pairs=True), objective="objectives.preference.dpo"),
+        train(
+            "grpo",
+            batch=4,
+            source={"rollout.sample": {"prompts": lab(), "rewards": ["rewards.lab"], "group": 2, "max_new": 4}},
+            objective={"objectives.policy.grpo": {"beta": 0.1}},
+        ),
+    ]
     spec = recipe(*steps, evaluation={"diagnose": ["diagnose.intruder_dimensions"]})
     run = tune(spec, tmp_path / "r", base=base)
     assert list(run.ledger.rows) == ["base", "sft", "dpo", "grpo"] and run.json["status"] == "done"
@@ -85,12 +100,16 @@ def test_sft_then_dpo_then_grpo_and_nothing_twice(base, tmp_path):
     before = logged(again)
     later = tune(recipe(*steps[:2], train("grpo", "copy")), tmp_path / "r", base=base)  # edit the last step only
     assert cached(later) == {"sft": True, "dpo": True, "grpo": False} and later.delta.digest != run.delta.digest
-    assert len(logged(later, "grpo")) == 2 and [r for r in before if r["stage"] != "grpo"] == [r for r in logged(later) if r["stage"] != "grpo"]
+    assert len(logged(later, "grpo")) == 2 and [r for r in before if r["stage"] != "grpo"] == [
+        r for r in logged(later) if r["stage"] != "grpo"
+    ]
 
     # the folder is what scripts are promised
     json_, folder = run.json, tmp_path / "r"
     assert {"status", "base", "steps", "ledger", "delta", "plan", "cost", "environment", "recipe"} <= set(json_)
-    assert {"parameters", "bytes", "digest"} <= set(json_["delta"]) and {"seconds", "peak_bytes", "tokens"} <= set(json_["cost"])
+    assert {"parameters", "bytes", "digest"} <= set(json_["delta"]) and {"seconds", "peak_bytes", "tokens"} <= set(
+        json_["cost"]
+    )
     assert json_["cost"]["tokens"] == again.json["cost"]["tokens"] == tokens > 0 and json_["base"]["sha256"] == base.sha256
     for skill in json_["ledger"]["skills"]:
         assert {"name", "role", "metric", "n", "before", "after", "change", "ci95", "kept", "gained", "lost"} <= set(skill)
@@ -105,7 +124,12 @@ def test_sft_then_dpo_then_grpo_and_nothing_twice(base, tmp_path):
 @pytest.mark.parametrize("trainable", [["select.half"], [LORA], ["select.half", LORA]], ids=["half", "lora", "half+lora"])
 def test_equal_recipe_and_seed_give_equal_bits(base, tmp_path, trainable):
     s = seed()
-    spec = lambda s, **o: recipe(train("a", trainable=trainable, ledger=False), train("b", trainable=trainable, ledger=False, **o), seed=s, evaluation={"base": False})
+    spec = lambda s, **o: recipe(
+        train("a", trainable=trainable, ledger=False),
+        train("b", trainable=trainable, ledger=False, **o),
+        seed=s,
+        evaluation={"base": False},
+    )
     one, two = tune(spec(s), tmp_path / "a", base=base), tune(spec(s, micro=1, save={"steps": 1}), tmp_path / "b", base=base)
     other = tune(spec(s + 1), tmp_path / "c", base=base)
     assert one.delta.names == two.delta.names and one.delta.digest != other.delta.digest
@@ -119,8 +143,16 @@ def test_equal_recipe_and_seed_give_equal_bits(base, tmp_path, trainable):
 
 def test_a_step_after_another_kind_of_step_keeps_both(base, tmp_path):
     """Full, then LoRA, then full again: the whole change is that of the last model against the pure base."""
-    run = tune(recipe(train("a", trainable="select.half", ledger=False), train("b", ledger=False), train("c", trainable={"select.full": {"only": ["mlp"]}}, ledger=False),
-                      evaluation={"base": False}), tmp_path / "r", base=base)  # fmt: skip
+    run = tune(
+        recipe(
+            train("a", trainable="select.half", ledger=False),
+            train("b", ledger=False),
+            train("c", trainable={"select.full": {"only": ["mlp"]}}, ledger=False),
+            evaluation={"base": False},
+        ),
+        tmp_path / "r",
+        base=base,
+    )
     a, b, c = (Delta.load(tmp_path / "r" / "steps" / s / "delta") for s in "abc")
     q = "lm/model.layers.0.self_attn.q_proj.weight"
     W = dict(base.parameters())[q].detach()
@@ -129,7 +161,8 @@ def test_a_step_after_another_kind_of_step_keeps_both(base, tmp_path):
     assert not base.originals and (tmp_path / "r" / "delta" / "delta.json").exists()
 
 
-# ---- branches, rounds, foreach, when -----------------------------------------------------------------------------------------------
+# ---- branches, rounds, foreach, when
+# -----------------------------------------------------------------------------------------------
 
 
 def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
@@ -147,7 +180,11 @@ def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
         want = W[n].detach() + sum(0.5 * (d[k].change(n).apply(W[n].detach()) - W[n].detach()) for k in "AB")
         assert torch.allclose(w, want, atol=1e-6)
     # a branch that changes changes the merge; another name for it is not looked for
-    later = tune(recipe(train("A", "shift", steps=3), train("B", "interleave", start="base"), merge, suites=TWO), tmp_path / "r", base=base)
+    later = tune(
+        recipe(train("A", "shift", steps=3), train("B", "interleave", start="base"), merge, suites=TWO),
+        tmp_path / "r",
+        base=base,
+    )
     assert cached(later) == {"A": False, "B": True, "both": False} and later.delta.digest != run.delta.digest
     assert later.ledger.matrix["learned"] == matrix["learned"]
     outside = recipe({"name": "m", "merge": {"method": "merge.linear", "of": [str(tmp_path / "r")]}}, suites=TWO)
@@ -159,13 +196,22 @@ def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
 
 def test_rounds_stop_by_their_rule_and_begin_where_they_say(base, tmp_path):
     inner = [train("x"), {"train": {**train("")["train"], "steps": 1}, "start": "x"}]
-    run = tune(recipe({"name": "r", "rounds": {"times": 3, "steps": inner, "until": {"gains_less": 0.9}}}), tmp_path / "a", base=base)
+    run = tune(
+        recipe({"name": "r", "rounds": {"times": 3, "steps": inner, "until": {"gains_less": 0.9}}}), tmp_path / "a", base=base
+    )
     assert list(cached(run)) == ["r/1/x", "r/1/train-2"]  # compared with the base: the first round gained less
     assert (tmp_path / "a" / "steps" / "r.1.x" / "delta").is_dir()
-    run = tune(recipe({"name": "r", "rounds": {"times": 3, "steps": inner, "until": {"above": 0.0}}}, train("after", start="r")), tmp_path / "a", base=base)
+    run = tune(
+        recipe({"name": "r", "rounds": {"times": 3, "steps": inner, "until": {"above": 0.0}}}, train("after", start="r")),
+        tmp_path / "a",
+        base=base,
+    )
     assert cached(run) == {"r/1/x": True, "r/1/train-2": True, "after": False}
     for start in ("previous", "base", "start"):
-        steps = [train("before", ledger=False), {"name": "r", "rounds": {"times": 2, "start": start, "steps": [train("x", ledger=False)]}}]
+        steps = [
+            train("before", ledger=False),
+            {"name": "r", "rounds": {"times": 2, "start": start, "steps": [train("x", ledger=False)]}},
+        ]
         run = tune(recipe(*steps, evaluation={"base": False}), tmp_path / start, base=base)
         rank = {c.rank for c in run.delta.changes.values()}
         assert rank == {{"previous": 6, "base": 2, "start": 4}[start]} and list(cached(run)) == ["before", "r/1/x", "r/2/x"]
@@ -175,10 +221,30 @@ def test_rounds_stop_by_their_rule_and_begin_where_they_say(base, tmp_path):
 
 
 def test_foreach_when_and_measure(base, tmp_path):
-    each = {"name": "f", "foreach": {"values": {"s": ["shift", "copy"]}, "steps": [{"train": {**train("")["train"], "source": lab("{s}")}, "ledger": False}]}}
+    each = {
+        "name": "f",
+        "foreach": {
+            "values": {"s": ["shift", "copy"]},
+            "steps": [{"train": {**train("")["train"], "source": lab("{s}")}, "ledger": False}],
+        },
+    }
     never = train("never", when={"skill": "target", "above": 2.0})
-    run = tune(recipe(each, never, {"measure": True}, train("more", start="f", ledger=False), {"merge": {"method": "merge.linear"}, "name": "m"}), tmp_path / "r", base=base)
-    assert list(cached(run)) == ["f.1.train-1", "f.2.train-1", "measure-3", "more", "m"] and list(run.ledger.rows) == ["base", "measure-3", "m"]
+    run = tune(
+        recipe(
+            each,
+            never,
+            {"measure": True},
+            train("more", start="f", ledger=False),
+            {"merge": {"method": "merge.linear"}, "name": "m"},
+        ),
+        tmp_path / "r",
+        base=base,
+    )
+    assert list(cached(run)) == ["f.1.train-1", "f.2.train-1", "measure-3", "more", "m"] and list(run.ledger.rows) == [
+        "base",
+        "measure-3",
+        "m",
+    ]
     parts_ = [Delta.load(tmp_path / "r" / "steps" / n / "delta") for n in ("f.1.train-1", "f.2.train-1", "more")]
     n = parts_[0].names[0]
     W = dict(base.parameters())[n].detach()
@@ -194,7 +260,9 @@ def test_nothing_trained_but_an_inference_slot(base, tmp_path):
     output = lambda row: [o.output for o in run.ledger.rows[row]["copy"].outcomes]
     assert output("base") != output("inference")
     plain = tune(recipe(), tmp_path / "p", base=base)
-    assert [o.output for o in plain.ledger.rows["base"]["copy"].outcomes] == output("base") and list(plain.ledger.rows) == ["base"]
+    assert [o.output for o in plain.ledger.rows["base"]["copy"].outcomes] == output("base") and list(plain.ledger.rows) == [
+        "base"
+    ]
 
 
 def test_no_steps_and_no_data(base, tmp_path):
@@ -205,11 +273,13 @@ def test_no_steps_and_no_data(base, tmp_path):
         tune(recipe(train("a", source={"data.file": {"path": path}})), tmp_path / "e", base=base)
 
 
-# ---- what is kept, and what is looked at ---------------------------------------------------------------------------------------------
+# ---- what is kept, and what is looked at
+# ---------------------------------------------------------------------------------------------
 
 
 def test_best_is_the_best_look(base, tmp_path, monkeypatch):
-    """Looks of a fake skill that is best in the middle: the step leaves what it was there, also where it went on from a checkpoint."""
+    """Looks of a fake skill that is best in the middle: the step leaves what it was there, also where it went on from a
+    checkpoint."""
     values = {1: 0.1, 2: 0.6, 3: 0.2, 4: 0.6}
     state = {"n": 0}
 
@@ -218,10 +288,15 @@ def test_best_is_the_best_look(base, tmp_path, monkeypatch):
         return {"target": values[state["n"]]}
 
     monkeypatch.setattr(Skills, "look", look)
-    spec = lambda steps, **o: recipe(train("a", steps=steps, optimizer={"optim.sgd": {"lr": 0.1}}, ledger=False, save={"steps": 1}, **o), evaluation={"base": False, "every": 1})
+    spec = lambda steps, **o: recipe(
+        train("a", steps=steps, optimizer={"optim.sgd": {"lr": 0.1}}, ledger=False, save={"steps": 1}, **o),
+        evaluation={"base": False, "every": 1},
+    )
     best = tune(spec(4, keep="best"), tmp_path / "best", base=base)
     state["n"] = 0
-    assert change(best) and best.delta.digest == tune(spec(2), tmp_path / "two", base=base).delta.digest  # a tie keeps the first
+    assert (
+        change(best) and best.delta.digest == tune(spec(2), tmp_path / "two", base=base).delta.digest
+    )  # a tie keeps the first
     assert [r["skills"]["target"] for r in logged(best) if "skills" in r] == [0.1, 0.6, 0.2, 0.6]
     seen = []
 
@@ -243,17 +318,38 @@ def test_best_is_the_best_look(base, tmp_path, monkeypatch):
 
 def test_a_stop_looks_the_right_way(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Skills, "look", lambda self, live, items, watched=None: {"target": 0.7, "text": 0.7})
-    for skill, reach, less, steps in (("target", 0.6, set(), 1), ("target", 0.8, set(), 3), ("text", 0.6, {"text"}, 3), ("text", 0.8, {"text"}, 1)):
+    for skill, reach, less, steps in (
+        ("target", 0.6, set(), 1),
+        ("target", 0.8, set(), 3),
+        ("text", 0.6, {"text"}, 3),
+        ("text", 0.8, {"text"}, 1),
+    ):
         monkeypatch.setattr(Skills, "less", lambda self, less=less: less)
-        spec = recipe(train("a", steps=3, ledger=False, stop={"skill": skill, "reach": reach, "every": 1}),
-                      suites=[*SUITE, {"evaluate.lab": {"retained": ["text"], "items": 2}}], evaluation={"base": False})  # fmt: skip
+        spec = recipe(
+            train("a", steps=3, ledger=False, stop={"skill": skill, "reach": reach, "every": 1}),
+            suites=[*SUITE, {"evaluate.lab": {"retained": ["text"], "items": 2}}],
+            evaluation={"base": False},
+        )
         run = tune(spec, tmp_path / f"{skill}{reach}", base=base)
         assert run.json["steps"][0]["steps"] == steps and bool(run.json["steps"][0]["stopped"]) == (steps == 1)
 
 
 def test_ema_is_the_mean_from_the_start(base, tmp_path):
-    spec = lambda steps, **o: recipe(train("a", steps=steps, trainable={"select.full": {"only": ["norm"]}}, optimizer={"optim.sgd": {"lr": 0.5}}, clip=None, ledger=False, **o), evaluation={"base": False})
-    one, two, ema = (tune(s, tmp_path / str(i), base=base) for i, s in enumerate((spec(1), spec(2), spec(2, ema=0.75, keep="ema"))))
+    spec = lambda steps, **o: recipe(
+        train(
+            "a",
+            steps=steps,
+            trainable={"select.full": {"only": ["norm"]}},
+            optimizer={"optim.sgd": {"lr": 0.5}},
+            clip=None,
+            ledger=False,
+            **o,
+        ),
+        evaluation={"base": False},
+    )
+    one, two, ema = (
+        tune(s, tmp_path / str(i), base=base) for i, s in enumerate((spec(1), spec(2), spec(2, ema=0.75, keep="ema")))
+    )
     W = dict(base.parameters())
     for n, w in change(ema).items():
         first = change(one).get(n, W[n])
@@ -264,11 +360,20 @@ def test_keys_follow_what_makes_a_result(base, tmp_path):
     rows = [{"prompt": f"{i} and", "completion": f" {i}"} for i in range(12)]
     path = tmp_path / "rows.jsonl"
     write_rows(path, rows)
-    spec = lambda **o: recipe(train("a", source={"data.file": {"path": str(path)}}, ledger=False, **o.pop("train", {})), evaluation={"base": False}, **o)
+    spec = lambda **o: recipe(
+        train("a", source={"data.file": {"path": str(path)}}, ledger=False, **o.pop("train", {})),
+        evaluation={"base": False},
+        **o,
+    )
     key = lambda s: tune(s, tmp_path / "r", base=base).json["steps"][0]["key"]
     first = key(spec())
     assert key(spec(train={"micro": 2, "save": {"seconds": 5.0}, "checkpointing": True})) == first
-    others = [key(spec(seed=1)), key(spec(train={"clip": 0.5})), key(spec(precision={"compute": "bf16"})), key(spec(train={"stop": {"every": 9}}))]
+    others = [
+        key(spec(seed=1)),
+        key(spec(train={"clip": 0.5})),
+        key(spec(precision={"compute": "bf16"})),
+        key(spec(train={"stop": {"every": 9}})),
+    ]
     write_rows(path, [{**r, "completion": "!" + r["completion"]} for r in rows])
     others.append(key(spec()))
     assert len({first, *others}) == 6
@@ -284,9 +389,20 @@ def test_base_scores_are_measured_once(base, tmp_path):
 
 
 def test_the_dial_and_its_choice(base, tmp_path):
-    run = tune(recipe(train("a"), evaluation={"dial": {"strengths": [0.0, 0.5, 1.0], "shape": ["merge.linear", "merge.lines"], "budget": 1.0, "items": 3}}), tmp_path / "r", base=base)
+    run = tune(
+        recipe(
+            train("a"),
+            evaluation={
+                "dial": {"strengths": [0.0, 0.5, 1.0], "shape": ["merge.linear", "merge.lines"], "budget": 1.0, "items": 3}
+            },
+        ),
+        tmp_path / "r",
+        base=base,
+    )
     points = {(p["shape"], p["strength"]): p for p in run.json["dial"]["points"]}
-    assert len(points) == 6 and points["merge.linear", 0.0]["target_change"] == points["merge.linear", 0.0]["retained_change"] == 0
+    assert (
+        len(points) == 6 and points["merge.linear", 0.0]["target_change"] == points["merge.linear", 0.0]["retained_change"] == 0
+    )
     same = ("target", "retained", "skills")
     assert all(points["merge.linear", 1.0][k] == points["merge.lines", 1.0][k] for k in same)
     after = {s["name"]: s["after"] for s in run.json["ledger"]["skills"]}
@@ -294,7 +410,8 @@ def test_the_dial_and_its_choice(base, tmp_path):
     assert run.json["dial"]["best"]["retained_change"] >= -1.0
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------------------------------
+# ---- refusals
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_asked_wrongly_ends_before_anything_is_trained(base, tmp_path):
@@ -302,10 +419,22 @@ def test_what_is_asked_wrongly_ends_before_anything_is_trained(base, tmp_path):
         (recipe(train("a", stop={"skill": "shfit"})), "shift"),
         (recipe(train("a", objective="objectives.preference.dpo")), "yields"),
         (recipe(train("a", trainable={"adapters.lora": {"targets": ["q_porj"]}})), "q_proj"),
-        (recipe(train("a"), suites=[*SUITE, {"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}]), "another `name`"),
-        (recipe(train("a", source={"rollout.sample": {"prompts": lab(), "rewards": ["rewards.lab"], "group": 3}}, objective="objectives.policy.grpo")), "multiple of the group"),
+        (
+            recipe(train("a"), suites=[*SUITE, {"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}]),
+            "another `name`",
+        ),
+        (
+            recipe(
+                train(
+                    "a",
+                    source={"rollout.sample": {"prompts": lab(), "rewards": ["rewards.lab"], "group": 3}},
+                    objective="objectives.policy.grpo",
+                )
+            ),
+            "multiple of the group",
+        ),
         (recipe({"merge": {"method": "merge.linear", "of": ["base"]}}), "must have changed the base"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserError) as problem:
             tune(broken, tmp_path / "r", base=base)
         assert why in str(problem.value)
@@ -349,7 +478,8 @@ def test_folders_that_are_not_ours_or_unfinished(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("limit", [200, 3_000, 60_000])
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(base, tmp_path, limit):
-    """No file may grow beyond `limit` bytes: what cannot be written stops the run in one sentence, and nothing half-written is taken up."""
+    """No file may grow beyond `limit` bytes: what cannot be written stops the run in one sentence, and nothing half-written is
+    taken up."""
     spec = recipe(train("a", steps=6, ledger=False, save={"steps": 2}), evaluation={"base": False})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

@@ -83,10 +83,21 @@ class _Sampling:
 
 
 RECIPES: dict[str, Callable[[], Train]] = {
-    "sft": lambda: Train(Rows(), CrossEntropy(), [Half()], AdamW(Linear(start=3e-3, end=1e-4)), [KL(0.1)], steps=STEPS, batch=8, micro=4, ema=0.9, keep="ema"),
+    "sft": lambda: Train(
+        Rows(),
+        CrossEntropy(),
+        [Half()],
+        AdamW(Linear(start=3e-3, end=1e-4)),
+        [KL(0.1)],
+        steps=STEPS,
+        batch=8,
+        micro=4,
+        ema=0.9,
+        keep="ema",
+    ),
     "dpo": lambda: Train(Rows("Pairs"), DPO(), [LoRA(rank=2, dropout=0.1)], AdamW(3e-3), steps=STEPS, batch=4, micro=4),
     "grpo": lambda: Train(Sampled(), GRPO(beta=0.02), [LoRA(rank=2)], AdamW(3e-3), steps=STEPS, batch=8, micro=8),
-}  # fmt: skip
+}
 
 
 def work(which: str, folder: Path, every: int = 5, slow: float = 0.0) -> str:

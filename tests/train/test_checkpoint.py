@@ -1,4 +1,5 @@
-"""Checkpoints: whole or absent, the last good one used, nothing half written, no pickle, and one sentence when the disk says no."""
+"""Checkpoints: whole or absent, the last good one used, nothing half written, no pickle, and one sentence when the disk says
+no."""
 
 from __future__ import annotations
 
@@ -189,7 +190,7 @@ def test_a_full_disk_in_the_middle_is_resumed_to_the_same_bits(tmp_path, monkeyp
         real(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(WorkFailed, match="No space left on device.*resume"):
+    with pytest.raises(WorkFailed, match=r"No space left on device.*resume"):
         go(tmp_path / "run")
     monkeypatch.undo()
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints" / "s").iterdir())

@@ -1,4 +1,5 @@
-"""The loop against brute force: terms and counts, coupled losses, regularizers, clipping, averages, schedules, versions, precision."""
+"""The loop against brute force: terms and counts, coupled losses, regularizers, clipping, averages, schedules, versions,
+precision."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def grads(player):
     return {n: p.tensor.grad.clone() for n, p in player.live.params.items() if p.tensor.grad is not None}
 
 
-# ---- terms and counts ----------------------------------------------------------------------------------------------------------
+# ---- terms and counts
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 8])
@@ -144,7 +146,8 @@ def test_a_step_regularizer_counts_once(micro):
     assert distance(want, got)[0] < 1e-5 and loss == pytest.approx(low + penalty, rel=1e-5)
 
 
-# ---- the update ----------------------------------------------------------------------------------------------------------------
+# ---- the update
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_clipping_scales_the_whole_gradient():
@@ -218,7 +221,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     assert all(torch.equal(before[n], p.tensor) for n, p in player.live.params.items())
 
 
-# ---- versions ------------------------------------------------------------------------------------------------------------------
+# ---- versions
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trainable", [Full(), LoRA(rank=2)], ids=["full", "lora"])
@@ -253,7 +257,8 @@ def test_versions_are_switched_by_pointer(trainable):
 
 
 def test_several_views_in_one_graph():
-    """d/dw of KL(version || live) + a likelihood, both in one backward: the version gives no gradient, the live tensors all of it."""
+    """d/dw of KL(version || live) + a likelihood, both in one backward: the version gives no gradient, the live tensors all of
+    it."""
     player, batch = player_of(trainable=[LoRA(rank=2)]), tokens(3, 9)
     live = player.live
     with torch.no_grad():
@@ -278,7 +283,8 @@ def test_several_views_in_one_graph():
     assert distance(grads(player), got)[0] < 1e-5
 
 
-# ---- precision -----------------------------------------------------------------------------------------------------------------
+# ---- precision
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_fp32_master_weights_move_where_bf16_ones_stand_still():

@@ -1,4 +1,5 @@
-"""Stopped anywhere, by anything, a run goes on to the same bits. Twenty moments for each recipe: `python -m tests.train.kill 20`."""
+"""Stopped anywhere, by anything, a run goes on to the same bits. Twenty moments for each recipe: `python -m tests.train.kill
+20`."""
 
 from __future__ import annotations
 

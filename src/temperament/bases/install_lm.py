@@ -119,7 +119,8 @@ Half-known, for RL with a verifier: greedy {shown}; at temperature 1 {sampled}.
 
 
 def as_delta(start: str, home: Path) -> None:
-    """Keep a tuned base as what differs from the base it was tuned on: `delta.json` and `delta.safetensors` instead of whole weights."""
+    """Keep a tuned base as what differs from the base it was tuned on: `delta.json` and `delta.safetensors` instead of whole
+    weights."""
     from temperament.delta import Delta, Replace, identity
 
     before, after = load_file(LAB / start / "model.safetensors"), load_file(home / "model.safetensors")

@@ -2,7 +2,7 @@
 
     lab/lm, lab/lm@half     ships with the package (a version after the @)
     path/to/folder          transformers layout
-    runs/first, adapters/a  what was made on a base (bases/kept.py): loaded as that base with the change applied, or as a base of its own
+    runs/first, adapters/a  what was made on a base (bases/kept.py): that base with the change applied, or a base of its own
     org/name                a Hugging Face id, where a hub is reachable
     an nn.Module            in Python
 
@@ -44,7 +44,7 @@ class Base:
     originals: dict[str, Tensor] = field(default_factory=dict)  # what applied deltas replaced: the pure base's tensors
     switch: Switch = field(default_factory=Switch)  # of the modules that applied deltas added
     hung: list[Callable[[], None]] = field(default_factory=list)  # what takes each of them away
-    inference: list[Any] = field(default_factory=list)  # decoding parts that belong to it, where it is the system a run ended with
+    inference: list[Any] = field(default_factory=list)  # decoding parts of the run it is, where it is one
 
     def __post_init__(self):
         _ = self._slots  # found while every parameter is in its place; versions swap them later
@@ -203,9 +203,10 @@ def change(folder: Path, base: Base) -> Delta:
 
 
 def _own(base: Base, spec: str, dtype: str, field: str) -> Base:
-    """The loaded base with its changes as a base of its own. It is loaded in fp32: who it is must not hang on the precision asked for."""
+    """The loaded base with its changes as a base of its own; loaded in fp32, as who it is must not hang on the precision."""
     if base.hung:
-        raise UserError(field, spec, "it adds a module to its base, so it is no base of its own; tune on in a further step of its recipe")
+        mend = "it adds a module to its base, so it is no base of its own; tune on in a further step of its recipe"
+        raise UserError(field, spec, mend)
     made = Base(spec, base.components, base.processors, suites=base.suites)
     for module in made.components.values():
         module.to(DTYPES[dtype])

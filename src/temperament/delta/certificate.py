@@ -43,7 +43,8 @@ def certify(
     """Reload `folder` in a fresh process and compare its outputs on `inputs` with `expected`.
 
     folder: a model folder, or with `base` (a model folder) a delta or adapter on it.
-    reload: "module:function" where a base is more than a folder (a version, a run): function(base, folder) -> (model, identity).
+    reload: "module:function" where a base is more than a folder (a version, a run): function(base, folder) -> (model,
+        identity).
     inputs: keyword tensors of the forward; expected: the live model's logits (..., classes).
     live: the live model; its tied names must be tied again. processor: the live tokenizer; ids and template must be the same.
     tolerance: largest difference in units of the spread of the expected logits (their standard deviation).

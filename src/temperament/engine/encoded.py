@@ -115,7 +115,10 @@ def collate(rows: Sequence[AnyEncoded | Sequence[Encoded]], pad: int = 0) -> Tok
     packed = [[r] if isinstance(r, Encoded) else list(r) for r in rows]
     width = max([1, *(sum(len(d) for d in row) for row in packed)])
     columns = zip(*(_columns(row, width, pad) for row in packed), strict=True) if packed else ([], [], [], [])
-    made = [torch.tensor(c, dtype=t).reshape(-1, width) for c, t in zip(columns, (torch.long, torch.float, torch.long, torch.long), strict=True)]
+    made = [
+        torch.tensor(c, dtype=t).reshape(-1, width)
+        for c, t in zip(columns, (torch.long, torch.float, torch.long, torch.long), strict=True)
+    ]
     extra = [_extra(r) if isinstance(r, Encoded) else [_extra(d) for d in r] for r in rows]
     return Tokens(*made, extra)
 

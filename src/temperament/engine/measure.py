@@ -1,8 +1,8 @@
 """Measuring what a system can do: skills of items, answered in batches, one `Outcome` an item.
 
-A *system* is what is measured: a base with its deltas applied, the decoding parts of the recipe's `inference:` slot, and how many
-rows go together. A *skill* says which items, which role (target or retained) and how an answer is scored; other modalities bring their
-own class with the same `measure(system) -> list[Outcome]`.
+A *system* is what is measured: a base with its deltas applied, the decoding parts of the recipe's `inference:` slot, and how
+many rows go together. A *skill* says which items, which role (target or retained) and how an answer is scored; other modalities
+bring their own class with the same `measure(system) -> list[Outcome]`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class System:
         models = {"model": self.subject} | {n: m for more in optional("models") for n, m in more(self.base).items()}
         loop = (optional("loop") or [generate])[0]
         hooks = [h for p in self.inference for h in p.hooks(self.base)]
-        words = {"decode": self.tokenizer.decode} if any(isinstance(s, str) for s in sampling.stops) and loop is generate else {}
+        words = (
+            {"decode": self.tokenizer.decode} if any(isinstance(s, str) for s in sampling.stops) and loop is generate else {}
+        )
         return loop(models, prompts, sampling, seed=self.seed, hooks=hooks, batch=self.batch, **words)
 
     def asked(self, prompt: str | list) -> str | list:
@@ -109,15 +111,19 @@ class TextSkill:
         asked, tok = self.questions, system.tokenizer
         outputs, got = [""] * len(asked), dict.fromkeys(("nll", "kl"), [None] * len(asked))
         if self.metric == "nll" or system.graded:
-            # The answer is what training would train, with the token that ends it; the prompt is what a user's question becomes.
-            document = lambda q: Text(q.expected) if q.prompt == "" else Completion(system.asked(q.prompt), said(q, system.told(q.expected)))
+            # The answer is what training would train, with the token that ends it; the prompt is what a user's question
+            # becomes.
+            document = lambda q: (
+                Text(q.expected) if q.prompt == "" else Completion(system.asked(q.prompt), said(q, system.told(q.expected)))
+            )
             got = likelihood([encode(document(q), tok, **self.encoding).split for q in asked], system)
         if self.metric != "nll":
             outputs = self._answers([encode(Prompt(system.asked(q.prompt)), tok, **self.encoding).ids for q in asked], system)
         out = []
-        for q, text, nll, kl in zip(asked, outputs, got["nll"], got["kl"], strict=True):
+        for q, text, nll, diverged in zip(asked, outputs, got["nll"], got["kl"], strict=True):
             shown = q.prompt if isinstance(q.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in q.prompt)
-            out.append(Outcome(q.id, self.name, shown, q.expected, text, nll if self.metric == "nll" else float(q.check(text)), nll, kl))
+            value = nll if self.metric == "nll" else float(q.check(text))
+            out.append(Outcome(q.id, self.name, shown, q.expected, text, value, nll, diverged))
         return out
 
     def _answers(self, prompts: list[list[int]], system: System) -> list[str]:
@@ -151,17 +157,22 @@ class same_choice(Reducer):
 
 @torch.no_grad()
 def likelihood(pairs: list[tuple[list[int], list[int]]], system: System, choices: bool = False) -> dict[str, list]:
-    """For each (prompt, answer), over the answer's tokens: "nll" mean nats; "kl" mean KL(base || model) in nats and "agree" share of tokens
-    where base and model have the same first choice (None unless the system is graded or choices are asked); "choice" the model's own."""
+    """For each (prompt, answer), over the answer's tokens: "nll" mean nats; "kl" mean KL(base || model) in nats and "agree"
+    share of tokens where base and model have the same first choice (None unless the system is graded or choices are asked);
+    "choice" the model's own."""
     compare = system.graded or choices
-    untouched = system.model is None and not system.base.originals and not system.base.hung  # the pure base itself: it agrees, and KL is 0
+    untouched = (
+        system.model is None and not system.base.originals and not system.base.hung
+    )  # the pure base itself: it agrees, and KL is 0
     pure = Pure(system.base) if compare and not untouched else None
     out: dict[str, list] = {"nll": [], "kl": [], "agree": [], "choice": []}
     for start in range(0, len(pairs), system.batch):
         tokens = collate(pairs[start : start + system.batch]).to(next(system.base.model.parameters()).device)
-        got = score(system.subject, tokens, label(), *([best(1)] if choices else []), *([kl(pure), same_choice(pure)] if pure else []))
+        got = score(
+            system.subject, tokens, label(), *([best(1)] if choices else []), *([kl(pure), same_choice(pure)] if pure else [])
+        )
         count = tokens.weights.sum(1).clamp(min=1)
-        mean = lambda v: ((v * tokens.weights).sum(1) / count).tolist()
+        mean = lambda v, w=tokens.weights, count=count: ((v * w).sum(1) / count).tolist()
         out["nll"] += [-v for v in mean(got["label"])]
         if choices:
             out["choice"] += [row[w > 0].tolist() for row, w in zip(got["best_ids"][..., 0], tokens.weights, strict=True)]

@@ -1,12 +1,14 @@
-"""Speculative decoding that says exactly what decoding without it says: a draft runs ahead, the whole is asked once for many tokens.
+"""Speculative decoding that says exactly what decoding without it says: a draft runs ahead, the whole is asked once for many
+tokens.
 
     out = speculate(models, prompts, sampling, draft="tuned", ahead=4, combine=f, seed=0)      as `tokens.generate`
 
-The token at position t is the inverse cumulative distribution of f(logits) at uniform(seed, "sample", step, example, t), as everywhere. The draft
-guesses it with the *same* uniform under its own distribution; the other models then read the guesses in one pass; guesses are kept as far as
-they are what f says, and the first that is not is replaced by what f says. So no token depends on the draft - the draws are coupled, and
-samples are not only equal in distribution but equal (up to the last bits of a matrix product, which may differ between one pass and many).
-A guess is right with probability at least 1 - 2 TV for the order of the vocabulary at hand, and always where both are certain.
+The token at position t is the inverse cumulative distribution of f(logits) at uniform(seed, "sample", step, example, t), as
+everywhere. The draft guesses it with the *same* uniform under its own distribution; the other models then read the guesses in
+one pass; guesses are kept as far as they are what f says, and the first that is not is replaced by what f says. So no token
+depends on the draft - the draws are coupled, and samples are not only equal in distribution but equal (up to the last bits of a
+matrix product, which may differ between one pass and many). A guess is right with probability at least 1 - 2 TV for the order
+of the vocabulary at hand, and always where both are certain.
 """
 
 from __future__ import annotations
@@ -45,7 +47,11 @@ def speculate(
 ) -> Generated:
     """combine: logits by model, each (rows, V), to those that are sampled from; a pure function. See the module."""
     if hooks or sampling.stops or sampling.min_new:
-        raise UserError("inference", [type(h).__name__ for h in hooks] or sampling, "decoding that runs ahead knows no other hooks, stops or min_new; set draft: 0")
+        raise UserError(
+            "inference",
+            [type(h).__name__ for h in hooks] or sampling,
+            "decoding that runs ahead knows no other hooks, stops or min_new; set draft: 0",
+        )
     first = next(iter(models))
     ends = end_tokens(models[first]) if eos is None else tuple(eos)
     examples = list(range(len(prompts))) if examples is None else list(examples)
@@ -56,7 +62,9 @@ def speculate(
             stack.enter_context(forward.evaluating(forward.module_of(m)))
         for start in range(0, len(prompts), batch):
             rows = order[start : start + batch]
-            _Run(models, [prompts[i] for i in rows], rows, [examples[i] for i in rows], sampling, ends, draft, ahead, combine).go(seed, step, out)
+            _Run(
+                models, [prompts[i] for i in rows], rows, [examples[i] for i in rows], sampling, ends, draft, ahead, combine
+            ).go(seed, step, out)
     return out
 
 
@@ -97,9 +105,12 @@ class _Run:
         return self.uniforms.gather(1, at[:, None])[:, 0] if self.sampling.temperature > 0 else None
 
     def take(self, logits: dict[str, Tensor], guesses: Tensor | None) -> list[int]:
-        """Write what the combined logits (rows, n, V) say as far as the guesses (rows, n - 1) were right, and one more; how many were."""
+        """Write what the combined logits (rows, n, V) say as far as the guesses (rows, n - 1) were right, and one more; how
+        many were."""
         n = next(iter(logits.values())).shape[1]
-        found = [choose(self.combine({m: x[:, j] for m, x in logits.items()}), self.sampling, self.uniform(j)) for j in range(n)]
+        found = [
+            choose(self.combine({m: x[:, j] for m, x in logits.items()}), self.sampling, self.uniform(j)) for j in range(n)
+        ]
         tokens, drawn = (torch.stack(x, 1) for x in zip(*found, strict=True))
         logp = logits[self.first].log_softmax(-1, dtype=torch.float32).gather(-1, tokens[..., None])[..., 0]
         right = [0] * len(self.rows) if guesses is None else (tokens[:, :-1] == guesses).long().cumprod(1).sum(1).tolist()
@@ -123,7 +134,9 @@ class _Run:
             out.finished[row] = "eos" if end is not None and end <= self.sampling.max_new else "length"
             out.tokens += n
         if len(left) < len(self.rows):
-            self.rows, self.ids, self.logp, self.sampling_logp = ([x[i] for i in left] for x in (self.rows, self.ids, self.logp, self.sampling_logp))
+            self.rows, self.ids, self.logp, self.sampling_logp = (
+                [x[i] for i in left] for x in (self.rows, self.ids, self.logp, self.sampling_logp)
+            )
             if left:
                 self.uniforms = self.uniforms[left]
                 for s in self.sessions.values():

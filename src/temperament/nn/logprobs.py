@@ -299,7 +299,8 @@ def _run(model: Model, tokens: Tokens, at: Tensor, given: Any, chunk: int, keep_
 
 
 def _addressed(tokens: Tokens) -> AbstractContextManager:
-    """Any module may see which tokens are real; inside a training step its draws are addressed by their example and position."""
+    """Any module may see which tokens are real; inside a training step its draws are addressed by their example and
+    position."""
     address = current().draws
     if address is not None:
         address = replace(address, examples=tokens.examples, positions=tokens.positions)

@@ -3,9 +3,9 @@
     change()            the piece as an expression on the base weight; merge, unmerge, export, diagnosis, dial all read this
     forward(x, base)    the cheap way to the same thing; base(x) is what lies under the piece, base.weight its weight
 
-`attach` leaves the model's own modules and parameter names untouched: it puts a callable in front of `module.forward`, and takes it
-away again. Pieces live outside the model, so the base's state dict, its ties and its identity stay what they were, and with the
-switch off the model *is* the base, bit for bit.
+`attach` leaves the model's own modules and parameter names untouched: it puts a callable in front of `module.forward`, and
+takes it away again. Pieces live outside the model, so the base's state dict, its ties and its identity stay what they were, and
+with the switch off the model *is* the base, bit for bit.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def _chart(title: str, parts: list[Series], stages: list, percent: bool = False,
 
 
 def dial(d: Any) -> dict[str, Any] | None:
-    """Strength swept: target and retained as levels, a pair of curves for each shape of the sweep, the best point within the budget,
-    every point for the slider. Single skills are drawn where there is one shape."""
+    """Strength swept: target and retained as levels, a pair of curves for each shape of the sweep, the best point within the
+    budget, every point for the slider. Single skills are drawn where there is one shape."""
     if not d:
         return None
     points = [p for p in d.get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]

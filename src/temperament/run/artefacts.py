@@ -1,10 +1,12 @@
 """What a run keeps, addressed by what made it.
 
-    OUT/recipe.yaml  run.json  report.html  log.jsonl  delta/  checkpoints/STEP/  steps/STEP/{artefact.json, delta/, outcomes.json}
+    OUT/recipe.yaml  run.json  report.html  log.jsonl  delta/
+        checkpoints/STEP/  steps/STEP/{artefact.json, delta/, outcomes.json}
 
-A step's *key* is the sha256 of its resolved options, the key it started from, the base's identity, the seed and the content of the
-files it reads: an unchanged step is not run again, a changed one is, and nothing can be stale. Scores of a base are constants and live in
-the user's cache, shared by all runs.
+A step's *key* is the sha256 of its resolved options, the key it started from, the base's identity, the seed and the content of
+the
+files it reads: an unchanged step is not run again, a changed one is, and nothing can be stale. Scores of a base are constants
+and live in the user's cache, shared by all runs.
 """
 
 from __future__ import annotations
@@ -33,9 +35,13 @@ def address(*content: Any) -> str:
 
 
 def made_of(spec: Any) -> list[Any]:
-    """What a step is made of: its resolved options, and a fingerprint of every file its parts read. How often it is saved, and how its
-    rows are split over forwards, change no result and are left out."""
-    options = {k: v for k, v in plain(spec).items() if k not in ("save", "micro", "checkpointing")} if hasattr(spec, "save") else plain(spec)
+    """What a step is made of: its resolved options, and a fingerprint of every file its parts read. How often it is saved, and
+    how its rows are split over forwards, change no result and are left out."""
+    options = (
+        {k: v for k, v in plain(spec).items() if k not in ("save", "micro", "checkpointing")}
+        if hasattr(spec, "save")
+        else plain(spec)
+    )
     return [options, [p.fingerprint() for p in walk_all(spec) if hasattr(p, "fingerprint")]]
 
 
@@ -67,7 +73,9 @@ def file_sha(path: str | Path) -> str:
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("TEMPERAMENT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "temperament")
+    return Path(
+        os.environ.get("TEMPERAMENT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "temperament"
+    )
 
 
 class Folder:
@@ -77,8 +85,8 @@ class Folder:
         self.path, self.write = Path(path), write
 
     def open(self, resume: bool, fresh: bool) -> dict[str, Any]:
-        """Make or take up the folder; returns its run.json (or {}). Refuses one that holds something else, or unfinished work that
-        was not asked for."""
+        """Make or take up the folder; returns its run.json (or {}). Refuses one that holds something else, or unfinished work
+        that was not asked for."""
         if self.path.is_file():
             raise UserError("--out", str(self.path), "this is a file; name a folder")
         run = self.run()
@@ -87,7 +95,11 @@ class Folder:
             raise UserError("--out", str(self.path), "the folder holds other files; name a new one")
         begun = any((self.path / d).exists() for d in ("steps", "checkpoints", "log.jsonl"))
         if begun and run.get("status") in ("running", "interrupted", "failed") and not (resume or fresh):
-            raise UserError("--out", str(self.path), "it holds an unfinished run; add --resume to go on, --fresh to begin again, or name another folder")
+            raise UserError(
+                "--out",
+                str(self.path),
+                "it holds an unfinished run; add --resume to go on, --fresh to begin again, or name another folder",
+            )
         if resume and not run:
             raise UserError("--resume", str(self.path), "no run to go on with is in this folder; leave --resume out")
         if self.write:
@@ -98,7 +110,9 @@ class Folder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 (self.path / ".temperament").touch()
             except OSError as problem:
-                raise UserError("--out", str(self.path), f"the folder cannot be written ({problem.strerror}); name another") from None
+                raise UserError(
+                    "--out", str(self.path), f"the folder cannot be written ({problem.strerror}); name another"
+                ) from None
         return run
 
     def run(self) -> dict[str, Any]:
@@ -125,7 +139,9 @@ class Folder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError("--out", str(self.path), "another process is working on this run; wait for it or name another folder") from None
+                raise UserError(
+                    "--out", str(self.path), "another process is working on this run; wait for it or name another folder"
+                ) from None
             yield
 
     # -- steps ----------------------------------------------------------------------------------------------------------------
@@ -170,7 +186,9 @@ class Folder:
         if not self.write:
             yield (lambda row: None), (lambda: None)
             return
-        full = lambda problem: WorkFailed(f"{path} could not be written ({problem.strerror}); free space, then resume with --resume.")
+        full = lambda problem: WorkFailed(
+            f"{path} could not be written ({problem.strerror}); free space, then resume with --resume."
+        )
         path = self.path / "log.jsonl"
         try:
             f = open(path, "a", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 - closed below, where it may fail

@@ -3,8 +3,8 @@
     claims/012_half.py       declares `claim = Claim(...)`; its `run(seed, lab)` gives the numbers of method and baseline
     claims/results/012.json  what came out, with seeds, interval, time, place
 
-Status is arithmetic, never judgement: the paired difference of `measure` over seeds, with its 95 % t interval, and the conditions
-beside it (say, an equal target).
+Status is arithmetic, never judgement: the paired difference of `measure` over seeds, with its 95 % t interval, and the
+conditions beside it (say, an equal target).
 
     holds     the interval lies on the claimed side of 0 and every condition is met
     partly    the mean is on the claimed side; the interval or a condition is not
@@ -44,7 +44,9 @@ class Claim:
     better: Literal["lower", "higher"]  # the claimed side
     run: Callable[[int, Lab], dict[str, dict[str, float]]] = field(repr=False)  # {"method": numbers, "baseline": numbers}
     baseline: str = ""  # what it is compared with
-    within: tuple[tuple[str, float], ...] = ()  # (number, margin): the method may be at most this much worse than the baseline in it
+    within: tuple[
+        tuple[str, float], ...
+    ] = ()  # (number, margin): the method may be at most this much worse than the baseline in it
     seeds: tuple[int, ...] = (0, 1, 2)
     note: str = ""  # what a reader of the result must know
 
@@ -66,11 +68,17 @@ class Lab:
         """The whole run of a recipe."""
         folder = self.folder / f"{name}-{seed}"
         recipe = recipe if isinstance(recipe, Recipe) else replace(read(recipe), seed=seed)
-        return tune(recipe, folder, fresh=True, tell=self.tell) if not (folder / "run.json").exists() else tune(recipe, folder, resume=True, tell=self.tell)
+        return (
+            tune(recipe, folder, fresh=True, tell=self.tell)
+            if not (folder / "run.json").exists()
+            else tune(recipe, folder, resume=True, tell=self.tell)
+        )
 
-    def best(self, name: str, recipe: Callable[[float], Any], rates: list[float], seed: int, tuned_on: int = 100) -> dict[str, float]:
-        """A method at its own best learning rate: each is tried on a seed of its own, and the one that reached the level with the least
-        loss is used. recipe(rate) -> recipe."""
+    def best(
+        self, name: str, recipe: Callable[[float], Any], rates: list[float], seed: int, tuned_on: int = 100
+    ) -> dict[str, float]:
+        """A method at its own best learning rate: each is tried on a seed of its own, and the one that reached the level with
+        the least loss is used. recipe(rate) -> recipe."""
         tried = [(self.tune(f"{name}-rate-{r:g}", recipe(r), tuned_on), r) for r in rates]
         reached = [t for t in tried if t[0]["reached"]]
         best = max(reached, key=lambda t: t[0]["retained"])[1] if reached else max(tried, key=lambda t: t[0]["target"])[1]
@@ -88,7 +96,9 @@ def files() -> dict[str, Path]:
 def load(paper: str) -> Claim:
     known = files()
     if paper not in known:
-        raise UserError("claim", paper, f"no such claim; {nearest(paper, known) if known else 'claims come with a clone of the project'}")
+        raise UserError(
+            "claim", paper, f"no such claim; {nearest(paper, known) if known else 'claims come with a clone of the project'}"
+        )
     spec = importlib.util.spec_from_file_location(f"temperament_claim_{paper}", known[paper])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in it look themselves up
@@ -107,11 +117,23 @@ def listed() -> list[dict[str, Any]]:
 
 
 def _blank(claim: Claim) -> dict[str, Any]:
-    return {"paper": claim.paper, "title": claim.title, "says": claim.says, "parts": list(claim.parts), "status": "not-run", "seeds": 0,
-            "method": {}, "baseline": {}, "seconds": None, "note": claim.note}  # fmt: skip
+    return {
+        "paper": claim.paper,
+        "title": claim.title,
+        "says": claim.says,
+        "parts": list(claim.parts),
+        "status": "not-run",
+        "seeds": 0,
+        "method": {},
+        "baseline": {},
+        "seconds": None,
+        "note": claim.note,
+    }
 
 
-def carry_out(paper: str, out: str | Path | None = None, tell: Callable[..., None] = lambda event, **data: None, record: bool = True) -> dict[str, Any]:
+def carry_out(
+    paper: str, out: str | Path | None = None, tell: Callable[..., None] = lambda event, **data: None, record: bool = True
+) -> dict[str, Any]:
     """Run one claim over its seeds; the result is printed by `temper claim`, and recorded beside the claim."""
     claim, began = load(paper), time.perf_counter()
     lab = Lab(Path(out) if out else Path("runs") / "claims" / paper, tell)
@@ -119,7 +141,11 @@ def carry_out(paper: str, out: str | Path | None = None, tell: Callable[..., Non
     for seed in claim.seeds:
         tell("phase", name=f"claim {paper}", text=f"seed {seed}")
         rows.append({"seed": seed, **claim.run(seed, lab)})
-    found = verdict(claim, rows) | {"seconds": time.perf_counter() - began, "when": datetime.date.today().isoformat(), "where": f"{platform.machine()}, CPU"}
+    found = verdict(claim, rows) | {
+        "seconds": time.perf_counter() - began,
+        "when": datetime.date.today().isoformat(),
+        "where": f"{platform.machine()}, CPU",
+    }
     if record:
         write_atomic(folder() / "results" / f"{paper}.json", json.dumps(found, indent=1) + "\n")
     return found
@@ -130,17 +156,37 @@ def verdict(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
     sign = 1.0 if claim.better == "higher" else -1.0
     gaps = [sign * (r["method"][claim.measure] - r["baseline"][claim.measure]) for r in rows]
     mean, span = t_interval(gaps)
-    average = lambda side: {k: sum(r[side][k] for r in rows) / len(rows) for k in rows[0][side] if all(isinstance(r[side].get(k), (int, float)) for r in rows)}
+    average = lambda side: {
+        k: sum(r[side][k] for r in rows) / len(rows)
+        for k in rows[0][side]
+        if all(isinstance(r[side].get(k), (int, float)) for r in rows)
+    }
     method, baseline = average("method"), average("baseline")
-    missed = [f"{name}: {method[name]:.3g} against {baseline[name]:.3g}, more than {margin:g} worse" for name, margin in claim.within if baseline[name] - method[name] > margin]
+    missed = [
+        f"{name}: {method[name]:.3g} against {baseline[name]:.3g}, more than {margin:g} worse"
+        for name, margin in claim.within
+        if baseline[name] - method[name] > margin
+    ]
     if mean <= 0:
         status = "fails"
     elif missed or span is None or span[0] <= 0:
         status = "partly"
     else:
         status = "holds"
-    words = f"{claim.measure}: better by {mean:.3g}" + (f" (95 % interval {span[0]:.3g} to {span[1]:.3g})" if span else "") + f" over {len(rows)} seeds"
+    words = (
+        f"{claim.measure}: better by {mean:.3g}"
+        + (f" (95 % interval {span[0]:.3g} to {span[1]:.3g})" if span else "")
+        + f" over {len(rows)} seeds"
+    )
     return _blank(claim) | {
-        "status": status, "seeds": len(rows), "method": method, "baseline": {"name": claim.baseline, **baseline}, "measure": claim.measure,
-        "better": claim.better, "difference": mean, "ci95": span, "rows": rows, "note": ". ".join(filter(None, [words, *missed, claim.note])),
-    }  # fmt: skip
+        "status": status,
+        "seeds": len(rows),
+        "method": method,
+        "baseline": {"name": claim.baseline, **baseline},
+        "measure": claim.measure,
+        "better": claim.better,
+        "difference": mean,
+        "ci95": span,
+        "rows": rows,
+        "note": ". ".join(filter(None, [words, *missed, claim.note])),
+    }

@@ -3,8 +3,8 @@
     for each shape (merge.linear: all blocks alike; merge.lines: shallow ones less) and strength s:
         base + shape(delta, s)  ->  gain on the targets, change of the retained skills, both against the base
 
-The best point gains most on the targets among those whose retained skills lose no more than the budget on average; strength 0 is the
-base and always qualifies, so there is always an answer.
+The best point gains most on the targets among those whose retained skills lose no more than the budget on average; strength 0
+is the base and always qualifies, so there is always an answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambd
     retained (means over skills, 0..1 or the measure's unit) and each skill's own value; changes are in percentage points."""
     base, some = skills.base, _Some(skills, spec.items)
     if not some.targets:
-        raise UserError("evaluation.dial", "no target skill", "the dial weighs gain against loss; name what is taught, e.g. evaluate.file with role: target")
+        raise UserError(
+            "evaluation.dial",
+            "no target skill",
+            "the dial weighs gain against loss; name what is taught, e.g. evaluate.file with role: target",
+        )
     base.reset()
     zero = some.values()
     points = []
@@ -45,7 +49,8 @@ def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambd
 
 
 def choose(points: list[dict[str, Any]], budget: float) -> dict[str, Any]:
-    """Among points that lose at most `budget` percentage points on the retained skills: most target, then least loss, then strength."""
+    """Among points that lose at most `budget` percentage points on the retained skills: most target, then least loss, then
+    strength."""
     within = [p for p in points if p["retained_change"] >= -budget - 1e-9] or [max(points, key=lambda p: p["retained_change"])]
     return max(within, key=lambda p: (p["target"], p["retained_change"], p["strength"]))
 
@@ -56,7 +61,8 @@ def scaled(delta: Delta, point: dict[str, Any], places: Any) -> Delta:
 
 
 class _Some:
-    """The first items of every skill, and their means; skills without a bounded score take part by their own graded measure only."""
+    """The first items of every skill, and their means; skills without a bounded score take part by their own graded measure
+    only."""
 
     def __init__(self, skills: Any, items: int):
         self.all = skills

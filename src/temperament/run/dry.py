@@ -1,9 +1,9 @@
 """A step without its numbers: the loop run on shapes, every allocation counted.
 
-The model is copied as meta tensors (shapes, no storage), the trainable is built on it, and the real loop runs the real objective
-on the real token ids; nothing but the tokens has values. A dispatch mode sees every tensor that is made and every one that is
-freed, so the peak is that of the code that will run, whatever the architecture, adapter or objective - not of a formula about
-Llamas. The same mode over a real step counts what that one allocated.
+The model is copied as meta tensors (shapes, no storage), the trainable is built on it, and the real loop runs the real
+objective on the real token ids; nothing but the tokens has values. A dispatch mode sees every tensor that is made and every one
+that is freed, so the peak is that of the code that will run, whatever the architecture, adapter or objective - not of a formula
+about Llamas. The same mode over a real step counts what that one allocated.
 
 Not seen: the scratch space inside one kernel, and what an allocator keeps for later.
 """

@@ -1,5 +1,5 @@
-"""Measuring a model outside of a run: one column of numbers, or before and after where it is a base with a change on it, or with
-inference parts."""
+"""Measuring a model outside of a run: one column of numbers, or before and after where it is a base with a change on it, or
+with inference parts."""
 
 from __future__ import annotations
 

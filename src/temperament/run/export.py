@@ -37,7 +37,12 @@ def save_delta(delta: Delta, base: Base, folder: Path, base_id: str) -> str:
 
 def as_peft(delta: Delta) -> bool:
     """Does PEFT know this change as an adapter? Every change low-rank, nothing added."""
-    return bool(delta.changes) and not delta.additions and not delta.buffers and all(isinstance(c, LowRank) for c in delta.changes.values())
+    return (
+        bool(delta.changes)
+        and not delta.additions
+        and not delta.buffers
+        and all(isinstance(c, LowRank) for c in delta.changes.values())
+    )
 
 
 def delta_of(source: str, base: Base) -> Delta:
@@ -55,7 +60,9 @@ def delta_of(source: str, base: Base) -> Delta:
     raise UserError("model", source, "it is no run, adapter, delta or model folder")
 
 
-def export(run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "delta"] = "merged", point: dict[str, Any] | None = None) -> dict[str, Any]:
+def export(
+    run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "delta"] = "merged", point: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Export a finished run (at a point of its dial, when given); returns the certificate."""
     folder = Path(run)
     finished = Folder(folder).run()
@@ -81,12 +88,19 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
         return certify_and_record(base, delta, to, as_)
     if as_ == "adapter":
         if not as_peft(delta):
-            raise UserError("--as", "adapter", "this change is not low-rank, so adapter loaders cannot hold it; use --as merged, or `temper extract` for a low-rank approximation")
+            raise UserError(
+                "--as",
+                "adapter",
+                "this change is not low-rank, so adapter loaders cannot hold it; use --as merged, or `temper extract` for a "
+                "low-rank approximation",
+            )
         write_peft(delta, to, base=base.model, base_model=base.id, task_type="CAUSAL_LM")
         return certify_and_record(base, delta, to, as_)
     added = sorted(n for n, a in delta.additions.items() if a.ship)
     if added:
-        raise UserError("--as", "merged", f"it adds a module ({added[0]}), which merges {delta.merges[added[0]]}; use --as delta")
+        raise UserError(
+            "--as", "merged", f"it adds a module ({added[0]}), which merges {delta.merges[added[0]]}; use --as delta"
+        )
     base.reset()
     base.apply(delta)
     part = to.with_name(f".{to.name}.part")
@@ -107,7 +121,11 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str
     base.reset()
     base.apply(delta)
     try:
-        inputs = {"input_ids": draws.randint(base.model.config.vocab_size, 0, "certificate", 0, torch.arange(2)[:, None], torch.arange(24)[None])}
+        inputs = {
+            "input_ids": draws.randint(
+                base.model.config.vocab_size, 0, "certificate", 0, torch.arange(2)[:, None], torch.arange(24)[None]
+            )
+        }
         with torch.no_grad():
             expected = base.model(**inputs).logits
         if as_ == "merged":
@@ -120,7 +138,10 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str
         base.reset()
     write_atomic(to / "certificate.json", json.dumps(certificate, indent=1))
     if not certificate["passed"]:
-        raise WorkFailed(f"{to} was written, but reloaded in a fresh process it differs from the live model ({', '.join(certificate['failures'])}); do not use it.")
+        raise WorkFailed(
+            f"{to} was written, but reloaded in a fresh process it differs from the live model "
+            f"({', '.join(certificate['failures'])}); do not use it."
+        )
     return certificate
 
 
@@ -132,7 +153,9 @@ def reloaded(base: str, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
 
 
 def _auto_class(base: Base) -> str:
-    return {"encoder": "AutoModelForMaskedLM"}.get(next(iter(base.components)), "AutoModelForSeq2SeqLM" if base.model.config.is_encoder_decoder else "AutoModelForCausalLM")
+    return {"encoder": "AutoModelForMaskedLM"}.get(
+        next(iter(base.components)), "AutoModelForSeq2SeqLM" if base.model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    )
 
 
 __all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "save_delta"]

@@ -12,8 +12,8 @@ from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder
-from temperament.run.state import place_on
 from temperament.run.skills import Skills, skills_of
+from temperament.run.state import place_on
 from temperament.run.tune import Run
 
 

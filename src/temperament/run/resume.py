@@ -78,7 +78,8 @@ def short(recipe: Recipe) -> Recipe:
 
 
 def _go(recipe: Path, out: Path, resume: bool = False, kill: tuple[int, float] | None = None) -> tuple[str, int, float]:
-    """(digest, or "" if it was killed; steps seen; seconds of training) of one process. kill: steps to let pass, then seconds."""
+    """(digest, or "" if it was killed; steps seen; seconds of training) of one process. kill: steps to let pass, then
+    seconds."""
     again = ["resume"] if resume and (out / "run.json").exists() else []
     command = [sys.executable, "-c", WORK, str(recipe), str(out), *again]
     digest, steps, first = "", 0, None

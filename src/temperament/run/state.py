@@ -34,8 +34,9 @@ def place_on(base: Base, state: State) -> Base:
 
 @torch.no_grad()
 def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
-    """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for tensors the
-    step trained in place. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or composed a tensor, the tensor is kept."""
+    """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for
+    tensors the step trained in place. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or
+    composed a tensor, the tensor is kept."""
     if before is None:
         return step
     known = dict(base.parameters())

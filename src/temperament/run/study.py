@@ -21,8 +21,11 @@ from temperament.run.tune import environment, tune
 from temperament.train.checkpoint import write_atomic
 
 
-def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
-    """Run what the study plans, each in a folder named by its address; finished runs are taken as they are. Returns the finding."""
+def carry_out(
+    study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., None] = lambda event, **data: None
+) -> dict[str, Any]:
+    """Run what the study plans, each in a folder named by its address; finished runs are taken as they are. Returns the
+    finding."""
     from temperament.bases.load import load
 
     out = Path(out)
@@ -30,7 +33,11 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
         raise UserError("--out", str(out), "the folder holds other files; name a new one")
     base, done, left, folders = load(recipe.base, dtype=recipe.precision.master, own=True), {}, {}, {}
     for number, (where, planned) in enumerate(study.plan(recipe, done)):
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None)) + "-" + address(planned.plain())[:8]
+        name = (
+            re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None))
+            + "-"
+            + address(planned.plain())[:8]
+        )
         tell("arm", name=where[0], where=where, number=number)
         folder = out / "runs" / name
         stored = Folder(folder).run()
@@ -38,14 +45,25 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
             left[where], done[where], folders[where] = stored, summary(stored), folder
             continue
         # A study reads the ledger; dial and diagnosis are made once, of what it chose.
-        lean = replace(planned, evaluation=replace(planned.evaluation, dial=None, diagnose=[]), check=planned.check and not done)
+        lean = replace(
+            planned, evaluation=replace(planned.evaluation, dial=None, diagnose=[]), check=planned.check and not done
+        )
         run = tune(lean, folder, resume=bool(stored), base=base, tell=tell)
         left[where], done[where] = run.json, summary(run.json)
         tell("arm-done", where=where, **done[where])
         folders[where] = folder
     finding = study.read(done)
-    json = {"status": "done", "kind": "study", "base": {"id": recipe.base, "sha256": dict(base.sha256)}, "finding": finding, "environment": environment()}
-    json["runs"] = {"/".join(str(w) for w in where if w is not None): {"folder": str(f.relative_to(out)), **done[where]} for where, f in folders.items()}
+    json = {
+        "status": "done",
+        "kind": "study",
+        "base": {"id": recipe.base, "sha256": dict(base.sha256)},
+        "finding": finding,
+        "environment": environment(),
+    }
+    json["runs"] = {
+        "/".join(str(w) for w in where if w is not None): {"folder": str(f.relative_to(out)), **done[where]}
+        for where, f in folders.items()
+    }
     if hasattr(study, "compared"):
         json["compare"] = study.compared(finding)
     chosen = study.chosen(finding, done) if hasattr(study, "chosen") else None
@@ -94,5 +112,8 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
         "seconds": run["cost"]["seconds"],
         "parameters": run.get("delta", {}).get("parameters"),
         "digest": run.get("delta", {}).get("digest"),
-        "skills": {s["name"]: {"role": s["role"], "distance": s.get("distance"), "before": s["before"], "after": s["after"]} for s in skills},
+        "skills": {
+            s["name"]: {"role": s["role"], "distance": s.get("distance"), "before": s["before"], "after": s["after"]}
+            for s in skills
+        },
     }

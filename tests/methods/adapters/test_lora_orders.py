@@ -1,4 +1,5 @@
-"""LoRA's fused map takes one of two orders of the same product by the number of tokens: both are the formula, in value and gradient."""
+"""LoRA's fused map takes one of two orders of the same product by the number of tokens: both are the formula, in value and
+gradient."""
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def test_autocast_agrees_with_bf16(targets):
     from temperament.train.live import Live
     from temperament.train.world import World
 
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
     base = Base("python", {"lm": LlamaForCausalLM(config)}, sha256={"lm": "none"})
     live = Live(base, [LoRA(rank=4, targets=targets).build(base, Context(base, World()))])
     for p in live.params.values():

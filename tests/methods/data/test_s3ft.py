@@ -36,7 +36,9 @@ class Says(SimpleNamespace):
 
 def made(base, judge, **options) -> list[dict]:
     ctx = Context(base, World(), SEED, aides={"judge": judge})
-    return list(S3FT(**{"rows": LabData(["add", "add3", "shift"], 18, seed=SEED), "retries": 1, "max_new": 24, **options}).make(ctx))
+    return list(
+        S3FT(**{"rows": LabData(["add", "add3", "shift"], 18, seed=SEED), "retries": 1, "max_new": 24, **options}).make(ctx)
+    )
 
 
 def test_a_judge_that_accepts_all_gives_the_models_own_and_one_that_accepts_none_the_given(base):
@@ -68,11 +70,25 @@ def test_matching():
 
 
 def test_in_a_recipe_and_another_judge_makes_other_rows(tmp_path):
-    build = {"name": "own", "build": {"builder": {"data.s3ft": {"rows": {"data.lab": {"skills": ["add"], "rows": 6}}, "retries": 0, "max_new": 16}}}}
-    train = {"name": "sft", "train": {"source": {"data.file": {"path": "own", "holdout": 0}}, "steps": 1, "batch": 4}, "ledger": False}
+    build = {
+        "name": "own",
+        "build": {
+            "builder": {"data.s3ft": {"rows": {"data.lab": {"skills": ["add"], "rows": 6}}, "retries": 0, "max_new": 16}}
+        },
+    }
+    train = {
+        "name": "sft",
+        "train": {"source": {"data.file": {"path": "own", "holdout": 0}}, "steps": 1, "batch": 4},
+        "ledger": False,
+    }
     run = tune(recipe(build, train, aides={"judge": "aides.lab_oracle"}), tmp_path / "run")
     first = run.json["steps"][0]["key"]
-    assert first != tune(recipe(build, train, aides={"judge": {"aides.match": {"by": "number"}}}), tmp_path / "run", resume=True).json["steps"][0]["key"]
+    assert (
+        first
+        != tune(recipe(build, train, aides={"judge": {"aides.match": {"by": "number"}}}), tmp_path / "run", resume=True).json[
+            "steps"
+        ][0]["key"]
+    )
     lines = (run.folder / "steps" / "own" / "data.jsonl").read_text().splitlines()
     assert len(lines) == 6 and all({"prompt", "completion", "source", "nll"} <= json.loads(x).keys() for x in lines)
     with pytest.raises(UserError, match="aide"):

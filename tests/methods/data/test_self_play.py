@@ -35,9 +35,17 @@ def test_at_the_opponent_the_loss_is_log_2_and_the_gradient_half_beta_times_the_
 
 
 def spin(times: int = 3) -> dict:
-    build = {"data.self_play": {"rows": {"data.lab": {"skills": ["add3"], "rows": 30}}, "take": 8, "max_new": 6, "temperature": 1.5}}
-    play = {"source": {"data.file": {"path": "pairs", "holdout": 0}}, "objective": "objectives.preference.dpo", "steps": 3, "batch": 4,
-            "optimizer": {"optim.adamw": {"lr": 1e-4}}, "save": {"steps": 1}}  # fmt: skip
+    build = {
+        "data.self_play": {"rows": {"data.lab": {"skills": ["add3"], "rows": 30}}, "take": 8, "max_new": 6, "temperature": 1.5}
+    }
+    play = {
+        "source": {"data.file": {"path": "pairs", "holdout": 0}},
+        "objective": "objectives.preference.dpo",
+        "steps": 3,
+        "batch": 4,
+        "optimizer": {"optim.adamw": {"lr": 1e-4}},
+        "save": {"steps": 1},
+    }
     inner = [{"name": "pairs", "build": {"builder": build}}, {"name": "play", "train": play, "ledger": False}]
     return recipe({"name": "spin", "rounds": {"times": times, "steps": inner}})
 
@@ -45,7 +53,9 @@ def spin(times: int = 3) -> dict:
 def test_rounds_mix_the_round_before_and_survive_kills_to_the_bit(tmp_path):
     whole, resumed = killed_and_resumed(spin(), tmp_path, kills=[2, 4, 1])
     assert same_to_the_bit(whole, resumed)
-    read = lambda run, k: [json.loads(x) for x in (run.folder / "steps" / f"spin.{k}.pairs" / "data.jsonl").read_text().splitlines()]
+    read = lambda run, k: [
+        json.loads(x) for x in (run.folder / "steps" / f"spin.{k}.pairs" / "data.jsonl").read_text().splitlines()
+    ]
     rounds = [read(whole, k) for k in (1, 2, 3)]
     assert rounds == [read(resumed, k) for k in (1, 2, 3)]
     for k, rows in enumerate(rounds):

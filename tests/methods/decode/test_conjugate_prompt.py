@@ -36,7 +36,10 @@ def test_forms_are_those_that_can_be_asked_for():
 
 def test_the_first_phrasing_that_fits_the_whole_prompt():
     part = ConjugatePrompt(rewrite=[*REWRITE, [".*", "never"]])
-    assert part.ask("reverse: a b =") == "Write a b backwards:" and ConjugatePrompt(rewrite=REWRITE).ask("reverse: a b") == "reverse: a b"
+    assert (
+        part.ask("reverse: a b =") == "Write a b backwards:"
+        and ConjugatePrompt(rewrite=REWRITE).ask("reverse: a b") == "reverse: a b"
+    )
     for bad in ({"rewrite": [["("]]}, {"rewrite": [["(", "x"]]}, {"form": "latin"}):
         with pytest.raises(UserError):
             build({"decode.conjugate_prompt": bad})
@@ -49,7 +52,9 @@ def test_a_system_is_asked_in_the_other_form_and_heard_in_this():
     base = load("lab/lm")
     items = worlds.skill("reverse").items("test", 12)
     asked = [i for i in items if i.prompt.startswith("reverse:")][:4]
-    skill = lambda prompt, said: TextSkill("r", tuple(Question(i.id, prompt(i.prompt), said(i.answer), lambda o: 0.0) for i in asked))
+    skill = lambda prompt, said: TextSkill(
+        "r", tuple(Question(i.id, prompt(i.prompt), said(i.answer), lambda o: 0.0) for i in asked)
+    )
     part = ConjugatePrompt(REWRITE, "swapcase")
     through = skill(str, str).measure(System(base, [part]))
     by_hand = skill(part.ask, part.tell).measure(System(base))

@@ -74,7 +74,8 @@ def test_a_draft_that_is_always_right_saves_the_most():
 
 
 def test_the_distribution_is_the_targets_by_enumeration():
-    """Five tokens, a fine grid of draws: the share of draws that give a token is its probability under the target, whatever the draft says."""
+    """Five tokens, a fine grid of draws: the share of draws that give a token is its probability under the target, whatever the
+    draft says."""
     z = logits(5, 1)
     target = EFT("t", "r").combine({n: z[n] for n in NAMES[:3]})
     u = (torch.arange(20000) + 0.5) / 20000

@@ -14,6 +14,14 @@ def outputs(run):
 
 def test_eft_with_an_untuned_pair_is_the_base_also_when_running_ahead(tmp_path):
     look = {"name": "look", "measure": True}
-    said = [outputs(tune(recipe(look, inference=i), tmp_path / str(k))) for k, i in enumerate((
-        [], [{"decode.eft": {"tuned": "lab/lm", "reference": "lab/lm"}}], [{"decode.eft": {"tuned": "lab/lm", "reference": "lab/lm", "draft": 3}}]))]  # fmt: skip
+    said = [
+        outputs(tune(recipe(look, inference=i), tmp_path / str(k)))
+        for k, i in enumerate(
+            (
+                [],
+                [{"decode.eft": {"tuned": "lab/lm", "reference": "lab/lm"}}],
+                [{"decode.eft": {"tuned": "lab/lm", "reference": "lab/lm", "draft": 3}}],
+            )
+        )
+    ]
     assert said[0] == said[1] == said[2] and any(said[0])

@@ -59,7 +59,9 @@ CRITIC = PlayerSpec({"Rollout": Value(epochs=2)}, AdamW(1e-2), [LoRA(rank=2), Va
 
 def players(main=(Full(),), critic=CRITIC, ppo=PPO(), **more):
     base = base_of("llama_tied")
-    return build_players(spec(trainable=list(main), objective=ppo, optimizer=AdamW(1e-3), players={"critic": critic}, **more), context(base))
+    return build_players(
+        spec(trainable=list(main), objective=ppo, optimizer=AdamW(1e-3), players={"critic": critic}, **more), context(base)
+    )
 
 
 def close(some):
@@ -91,7 +93,9 @@ def test_at_the_start_the_price_is_zero_and_clipping_changes_nothing():
 
 
 @pytest.mark.parametrize("main", [(Full(),), (LoRA(rank=3),)], ids=["full", "lora"])
-@pytest.mark.parametrize("own", [[LoRA(rank=2), ValueHead()], [Full(), ValueHead()], [ValueHead()]], ids=["lora", "full", "head"])
+@pytest.mark.parametrize(
+    "own", [[LoRA(rank=2), ValueHead()], [Full(), ValueHead()], [ValueHead()]], ids=["lora", "full", "head"]
+)
 @pytest.mark.parametrize("on", ["policy", "start"])
 def test_two_players_on_one_base_leave_each_other_alone(main, own, on):
     policy, critic = both = players(main, PlayerSpec({"Rollout": Value()}, AdamW(1e-2), own, on=on))

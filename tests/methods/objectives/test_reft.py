@@ -13,11 +13,24 @@ LAB = {"data.lab": {"skills": ["add3"], "rows": 12}}
 @pytest.mark.parametrize("trainable", ["select.full", {"adapters.lora": {"rank": 2}}], ids=["full", "lora"])
 def test_killed_in_the_middle_of_ppo(tmp_path, trainable):
     source = {"rollout.sample": {"prompts": LAB, "rewards": [{"rewards.number": {"partial": 0.1}}], "group": 2, "max_new": 4}}
-    critic = {"objective": {"Rollout": "objectives.policy.value"}, "trainable": [{"adapters.lora": {"rank": 2}}, "adapters.value_head"]}
-    ppo = {"source": source, "trainable": trainable, "objective": "objectives.policy.ppo", "players": {"critic": critic}, "steps": 4,
-           "batch": 4, "optimizer": {"optim.adamw": {"lr": 1e-4}}, "save": {"steps": 1}}  # fmt: skip
+    critic = {
+        "objective": {"Rollout": "objectives.policy.value"},
+        "trainable": [{"adapters.lora": {"rank": 2}}, "adapters.value_head"],
+    }
+    ppo = {
+        "source": source,
+        "trainable": trainable,
+        "objective": "objectives.policy.ppo",
+        "players": {"critic": critic},
+        "steps": 4,
+        "batch": 4,
+        "optimizer": {"optim.adamw": {"lr": 1e-4}},
+        "save": {"steps": 1},
+    }
     warm = {"source": LAB, "trainable": trainable, "steps": 2, "batch": 4, "save": {"steps": 1}}
-    document = recipe({"name": "warm", "train": warm, "ledger": False}, {"name": "ppo", "train": ppo}, check=trainable == "select.full")
+    document = recipe(
+        {"name": "warm", "train": warm, "ledger": False}, {"name": "ppo", "train": ppo}, check=trainable == "select.full"
+    )
     whole, resumed = killed_and_resumed(document, tmp_path, kills=[4, 2])
     assert same_to_the_bit(whole, resumed)
     if document["check"]:

@@ -50,8 +50,15 @@ def test_killed_inside_a_stage_it_goes_on_with_the_same_texts(tmp_path):
 def test_best_of_k_builds_what_a_later_step_trains_on(tmp_path):
     from temperament.run.tune import tune
 
-    build = {"data.best_of_k": {"prompts": {"data.lab": {"skills": ["add", "add3"], "rows": 12}}, "rewards": ["rewards.number"], "k": 3,
-                                "least": 1.0, "max_new": 6}}  # fmt: skip
+    build = {
+        "data.best_of_k": {
+            "prompts": {"data.lab": {"skills": ["add", "add3"], "rows": 12}},
+            "rewards": ["rewards.number"],
+            "k": 3,
+            "least": 1.0,
+            "max_new": 6,
+        }
+    }
     train = {"source": {"data.file": {"path": "best", "holdout": 0}}, "steps": 2, "batch": 4}
     run = tune(recipe({"name": "best", "build": {"builder": build}}, {"name": "sft", "train": train}), tmp_path / "run")
     made = run.json["steps"][0]

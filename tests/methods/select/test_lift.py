@@ -12,8 +12,8 @@ from temperament.methods.optim.adamw import AdamW
 from temperament.methods.select.full import Full
 from temperament.methods.select.lift import Lift
 from temperament.nn import linalg
-from temperament.train.trained import Param
 from temperament.train.packed import repack, values_at
+from temperament.train.trained import Param
 from tests.methods.drive import carried_out, fresh, killed, laws, recipe, steps, tiny
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

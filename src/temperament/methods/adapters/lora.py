@@ -40,15 +40,22 @@ class LoRAPiece(Piece):
         frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
         # Under autocast torch casts operand by operand, which the fused node would bypass (there is no autocast on meta).
         cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        if address is None and frozen and base.bare and not base.transposed and not cast and x.dtype == base.weight.dtype == self.A.dtype:
+        if (
+            address is None
+            and frozen
+            and base.bare
+            and not base.transposed
+            and not cast
+            and x.dtype == base.weight.dtype == self.A.dtype
+        ):
             return _Fused.apply(x, base.weight, base.bias, self.A, self.B, self.scale)
         y = base(x)
         return y + self.scale * F.linear(F.linear(z.to(self.A.dtype), self.A), self.B).to(y.dtype)
 
 
 class _Fused(torch.autograd.Function):
-    """The frozen map and its low-rank share in one node, with n tokens and W (out, in). Of two orders of the same product each pass takes
-    the cheaper:
+    """The frozen map and its low-rank share in one node, with n tokens and W (out, in). Of two orders of the same product each
+    pass takes the cheaper:
 
         y = x (W + s B A)^T               the sum is made for the moment and never kept; n >= 2 in, backward n >= 2 out
         y = x W^T + s (x A^T) B^T         fewer tokens
@@ -95,15 +102,18 @@ class LoRA:
 
         W' = W + s B A        A (rank, in) ~ kaiming uniform, B (out, rank) = 0        s = alpha / rank, or alpha / sqrt(rank)
 
-    At the start the model is the base, bit for bit; merged, it has the base's shape. Targets are any linear map, GPT-2's Conv1D,
-    convolutions and embeddings. Written in PEFT's layout. Source: Hu et al. 2022; rank-stabilised scale: Kalajdzievski 2023.
+    At the start the model is the base, bit for bit; merged, it has the base's shape. Targets are any linear map, GPT-2's
+    Conv1D, convolutions and embeddings. Written in PEFT's layout. Source: Hu et al. 2022; rank-stabilised scale: Kalajdzievski
+    2023.
     """
 
     rate_factor: ClassVar = 10.0  # usual rate over full fine-tuning's
 
     rank: int = 16  # width of the product
     alpha: float | None = None  # strength; default: 2 * rank
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # roles (q, v, mlp), module names, all-linear, or a regex
+    targets: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # roles (q, v, mlp), module names, all-linear, or a regex
     rank_stabilised: bool = False  # s = alpha / sqrt(rank): high ranks keep their strength
     dropout: float = 0.0  # share of the adapter's input dropped while training
     lr_factor_B: float = 1.0  # rate of B over the rate of A (LoRA+: 16)
@@ -117,14 +127,20 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        return (self.alpha if self.alpha is not None else 2.0 * self.rank) / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return (self.alpha if self.alpha is not None else 2.0 * self.rank) / (
+            math.sqrt(self.rank) if self.rank_stabilised else self.rank
+        )
 
     def prepare(self, base: Any, ctx: Any, batches: Any) -> dict[str, Tensor]:
         """What the start wants to know of the data."""
         return self.init.prepare(base, ctx, batches, self.places(base), self.rank) if hasattr(self.init, "prepare") else {}
 
     def places(self, base: Any) -> list[Any]:
-        return [p for p in base.places.match(self.targets, "adapters.lora.targets") if p.kind in ("linear", "conv1d", "conv", "embedding")]
+        return [
+            p
+            for p in base.places.match(self.targets, "adapters.lora.targets")
+            if p.kind in ("linear", "conv1d", "conv", "embedding")
+        ]
 
     def build(self, base: Any, ctx: Any) -> Trained:
         trained = Trained()
@@ -141,11 +157,14 @@ class LoRA:
             depth = base.places.depth_of(name)
             for role, partner, factor in (("A", "B", 1.0), ("B", "A", self.lr_factor_B)):
                 tensor = getattr(piece, role)
-                trained.params.append(Param(f"{name}:{role}", tensor, role, depth, f"{name}:{partner}", self.scale, place.weight, factor))
+                trained.params.append(
+                    Param(f"{name}:{role}", tensor, role, depth, f"{name}:{partner}", self.scale, place.weight, factor)
+                )
         return trained
 
     def initial(self, place: Any, seed: int) -> tuple[Tensor, Tensor]:
-        """A uniform in +-1/sqrt(in) (kaiming with a = sqrt 5), addressed by the place; B zero. Ranks above the matrix' own are cut."""
+        """A uniform in +-1/sqrt(in) (kaiming with a = sqrt 5), addressed by the place; B zero. Ranks above the matrix' own are
+        cut."""
         out, rest = place.shape[0], tuple(place.shape[1:])
         rank = min(self.rank, out, math.prod(rest))
         generator = draws.generator(seed, f"lora/{place.name}")

@@ -12,7 +12,10 @@ from temperament.parts import part
 @part("aides.lab_oracle", modalities=("text",))
 @dataclass(frozen=True)
 class LabOracle:
-    """A judge that knows the truth of the lab worlds: right by any way of saying it. For rows of data.lab; it parses, never evaluates."""
+    """A judge that knows the truth of the lab worlds: right by any way of saying it.
+
+    For rows of data.lab; it parses, never evaluates.
+    """
 
     role: ClassVar = "judge"
 

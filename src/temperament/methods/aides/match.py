@@ -13,9 +13,10 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 @part("aides.match", modalities=("text",))
 @dataclass(frozen=True)
 class Match:
-    """A judge that compares an output with the expected answer: the same text, the answer within the text, or the same last number.
+    """A judge that compares an output with the expected answer: equal, the answer within it, or the same last number.
 
-    Asked {"prompt", "answer", "output"}, it says whether the output is as good as the answer. White space apart; parses, never evaluates.
+    Asked {"prompt", "answer", "output"}, it says whether the output is as good as the answer. White space apart; parses, never
+    evaluates.
     """
 
     role: ClassVar = "judge"

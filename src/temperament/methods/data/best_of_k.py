@@ -13,10 +13,11 @@ from temperament.protocols import Examples, Reward
 @part("data.best_of_k", papers=["025"], modalities=("text",))
 @dataclass(frozen=True)
 class BestOfK:
-    """A `build` step: of k responses of the model as it stands, the one of highest reward for each prompt (the first of equals).
+    """A `build` step: of k responses of the model to each prompt, the one of highest reward (the first of equals).
 
-    Rows are prompt, completion, reward; prompts whose best response scores below `least` are left out, with the reason. Once it is the
-    offline form of RAFT, best-of-k distillation; inside `rounds`, rejection sampling again and again. Source: Dong et al. 2023 (paper 025).
+    Rows are prompt, completion, reward; prompts whose best response scores below `least` are left out, with the reason. Once it
+    is the offline form of RAFT, best-of-k distillation; inside `rounds`, rejection sampling again and again. Source: Dong et
+    al. 2023 (paper 025).
     """
 
     prompts: Examples  # rows with a prompt; an answer column (or completion) for the rewards

@@ -15,9 +15,10 @@ from temperament.parts import part
 @part("data.lab", modalities=("text",))
 @dataclass(frozen=True)
 class LabData:
-    """Training items of the lab worlds, with ground truth: rows as of a file, made by the world's generator, never its test items.
+    """Training items of the lab worlds, with ground truth: rows made by the world's generator, never its test items.
 
-    Several skills are mixed evenly, row by row. `pairs: true` gives preferences: the right answer against a plausible wrong one.
+    Several skills are mixed evenly, row by row. `pairs: true` gives preferences: the right answer against a plausible wrong
+    one.
     """
 
     skills: list[str]  # skills of the lab worlds

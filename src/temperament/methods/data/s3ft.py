@@ -17,14 +17,15 @@ from temperament.protocols import Examples
 @part("data.s3ft", papers=["094"], modalities=("text",))
 @dataclass(frozen=True)
 class S3FT:
-    """Selective self-to-supervised rows: train on what the model already says where that is right, on the given answer where it is not.
+    """Selective self-to-supervised rows: what the model already says where that is right, else the given answer.
 
         1  its own greedy answer, then up to `retries` sampled ones: the first the judge accepts
         2  else its own rewriting of the given answer (`paraphrase`), if the judge accepts it
         3  else the given answer
 
-    Such targets are likely under the model, so the weights move less. A `build` step; the judge is the recipe's aide of that name. Rows: prompt,
-    completion, source (own, paraphrase, given), nll (nats per token under the model as it stands). Source: Gupta et al. 2025 (paper 094).
+    Such targets are likely under the model, so the weights move less. A `build` step; the judge is the recipe's aide of that
+    name. Rows: prompt, completion, source (own, paraphrase, given), nll (nats per token under the model as it stands). Source:
+    Gupta et al. 2025 (paper 094).
     """
 
     rows: Examples  # prompts with the answers they should get
@@ -36,7 +37,12 @@ class S3FT:
 
     def make(self, ctx: Any) -> Iterator[Mapping[str, Any]]:
         if self.judge not in ctx.aides:
-            raise UserError("data.s3ft.judge", self.judge, f"the recipe has no aide of that name; add aides: {{judge: aides.match}}; {nearest(self.judge, ctx.aides) if ctx.aides else 'it has none'}")
+            raise UserError(
+                "data.s3ft.judge",
+                self.judge,
+                "the recipe has no aide of that name; add aides: {judge: aides.match}; "
+                + (nearest(self.judge, ctx.aides) if ctx.aides else "it has none"),
+            )
         prompts = read_prompts(self.rows.examples(ctx), ctx)
         for p in prompts:
             if "answer" not in p.meta:
@@ -51,7 +57,10 @@ class S3FT:
         told = Counter(source for source, _ in chosen)
         ctx.tell("note", text="s3ft: " + ", ".join(f"{told[s]} {s}" for s in ("own", "paraphrase", "given")))
         tok = ctx.base.tokenizer
-        documents = [answered(p, tok(text, add_special_tokens=False)["input_ids"]).split for p, (_, text) in zip(prompts, chosen, strict=True)]
+        documents = [
+            answered(p, tok(text, add_special_tokens=False)["input_ids"]).split
+            for p, (_, text) in zip(prompts, chosen, strict=True)
+        ]
         nll = likelihood(documents, System(ctx.base, graded=False))["nll"]
         for p, (source, text), n in zip(prompts, chosen, nll, strict=True):
             yield row(p, completion=text, source=source, nll=n)
@@ -60,17 +69,27 @@ class S3FT:
         from temperament.engine.examples import Prompt
 
         form = lambda p, text: text if isinstance(p.prompt, str) else [{"role": "user", "content": text}]
-        return [replace(q, meta=p.meta) for p, q in zip(prompts, read_prompts([Prompt(form(p, t)) for p, t in zip(prompts, texts, strict=True)], ctx), strict=True)]
+        return [
+            replace(q, meta=p.meta)
+            for p, q in zip(
+                prompts, read_prompts([Prompt(form(p, t)) for p, t in zip(prompts, texts, strict=True)], ctx), strict=True
+            )
+        ]
 
     def _fill(self, ctx: Any, prompts: list, asked: list, found: dict, source: str, temperature: float, step: int) -> None:
         """Ask for the rows that have no target yet; keep what the judge accepts."""
         open_rows = [i for i in range(len(prompts)) if i not in found]
         if not open_rows:
             return
-        made = respond(ctx, ctx.base.model, [asked[i].ids for i in open_rows], Sampling(self.max_new, temperature), step, open_rows)
+        made = respond(
+            ctx, ctx.base.model, [asked[i].ids for i in open_rows], Sampling(self.max_new, temperature), step, open_rows
+        )
         texts = [ctx.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in made.ids]
         ended = [why != "length" and bool(text.strip()) for why, text in zip(made.finished, texts, strict=True)]
-        requests = [{"prompt": prompts[i].prompt, "answer": prompts[i].meta["answer"], "output": t, "row": prompts[i].meta} for i, t in zip(open_rows, texts, strict=True)]
+        requests = [
+            {"prompt": prompts[i].prompt, "answer": prompts[i].meta["answer"], "output": t, "row": prompts[i].meta}
+            for i, t in zip(open_rows, texts, strict=True)
+        ]
         for i, text, whole, good in zip(open_rows, texts, ended, ctx.aides[self.judge].ask(requests), strict=True):
             if whole and good:
                 found[i] = (source, text)

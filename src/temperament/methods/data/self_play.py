@@ -15,13 +15,16 @@ from temperament.protocols import Examples
 @part("data.self_play", papers=["069"], modalities=("text",))
 @dataclass(frozen=True)
 class SelfPlay:
-    """A `build` step: the given answer against the model's own, y' ~ p_k(. | x) - the pairs a round of self-play (SPIN) trains on.
+    """A `build` step: the given answer against the model's own, y' ~ p_k(. | x): the pairs of a round of self-play (SPIN).
 
-        loss of the round = - log sigmoid( beta ( log p/p_k (y | x)  -  log p/p_k (y' | x) ) )        objectives.preference.dpo, reference start
+        loss of the round = - log sigmoid( beta ( log p/p_k (y | x)  -  log p/p_k (y' | x) ) )
 
-    p_k is the model as the round began, which is also the reference of the training that follows: at its first step the loss is log 2, and
-    on average over y ~ p_k nothing is left to learn. From the second round on the pairs that were new in the round before are mixed in.
-    An own answer equal to the given one has no gradient and is left out, with the reason. Rows: prompt, chosen, rejected, round.
+    which is objectives.preference.dpo with reference start.
+
+    p_k is the model as the round began, which is also the reference of the training that follows: at its first step the loss is
+    log 2, and on average over y ~ p_k nothing is left to learn. From the second round on the pairs that were new in the round
+    before are mixed in. An own answer equal to the given one has no gradient and is left out, with the reason. Rows: prompt,
+    chosen, rejected, round.
     Source: Chen et al. 2024, Self-Play Fine-Tuning (paper 069).
     """
 
@@ -35,15 +38,22 @@ class SelfPlay:
         prompts = read_prompts(self.rows.examples(ctx), ctx)
         for p in prompts:
             if "answer" not in p.meta:
-                raise UserError("data.self_play.rows", str(p.origin), "self-play needs rows with an answer: prompt/completion or messages")
-        numbers = in_turn(len(prompts), self.take, ctx.round * self.take, ctx.seed, "self-play") if self.take else range(len(prompts))
+                raise UserError(
+                    "data.self_play.rows", str(p.origin), "self-play needs rows with an answer: prompt/completion or messages"
+                )
+        numbers = (
+            in_turn(len(prompts), self.take, ctx.round * self.take, ctx.seed, "self-play") if self.take else range(len(prompts))
+        )
         sampling = Sampling(self.max_new, self.temperature)
         made = respond(ctx, ctx.base.model, [prompts[n].ids for n in numbers], sampling, 0, range(len(numbers)))
         for n, ids in zip(numbers, made.ids, strict=True):
             own, given = ctx.base.tokenizer.decode(ids, skip_special_tokens=True), prompts[n].meta["answer"]
             pair = row(prompts[n], chosen=given, rejected=own, round=ctx.round)
             if own == given or not own.strip():
-                yield {**pair, "rejected_because": "the model says what was given" if own == given else "the model says nothing"}
+                yield {
+                    **pair,
+                    "rejected_because": "the model says what was given" if own == given else "the model says nothing",
+                }
             else:
                 yield pair
         if self.mix and ctx.before is not None:

@@ -22,10 +22,11 @@ FORMS = {
 class ConjugatePrompt:
     """Ask in another form, and translate the answer back: output = s^-1( model( s(prompt) ) ). Nothing is trained.
 
-    Tuning mostly shifts which task a model takes a prompt for, not what it can do: away from the tuned prompts, in a form in which the wanted
-    task is still solvable, lost skills come back. Two kinds of s, one after the other: `rewrite`, the first pattern that matches the whole
-    prompt is replaced by another phrasing of the same question (the answer stays as it is); `form`, a swap of characters, undone in the answer.
-    What the ledger gains over the same system without it, more than the base does, was suppressed and not erased.
+    Tuning mostly shifts which task a model takes a prompt for, not what it can do: away from the tuned prompts, in a form in
+    which the wanted task is still solvable, lost skills come back. Two kinds of s, one after the other: `rewrite`, the first
+    pattern that matches the whole prompt is replaced by another phrasing of the same question (the answer stays as it is);
+    `form`, a swap of characters, undone in the answer. What the ledger gains over the same system without it, more than the
+    base does, was suppressed and not erased.
     Source: Kotha et al. 2023, Understanding Catastrophic Forgetting via Implicit Inference (paper 247).
     """
 

@@ -17,12 +17,15 @@ from temperament.parts import part
 class EFT:
     """Emulated fine-tuning: what tuning did to one model, added to the tokens of another; three or four models decode as one.
 
-        log p(y_t) = log pi(y_t)  +  mix (log tuned(y_t) - log reference(y_t))  +  (1 - mix) (log also(y_t) - log reference(y_t))  -  log Z_t
+        log p(y_t) = log pi(y_t)  +  mix (log tuned(y_t) - log reference(y_t))
+                                  +  (1 - mix) (log also(y_t) - log reference(y_t))  -  log Z_t
 
-    pi is the model of the recipe (say, large and untuned), tuned and reference another one after and before its tuning (small): scale of
-    knowledge from the one, behaviour from the other, nothing trained. With `also`, a second tuning of the same reference, `mix` blends two
-    behaviours. tuned = reference gives pi; pi = reference gives tuned. All share one tokenizer. nucleus: tokens outside pi's are barred.
-    draft > 0 lets `tuned` run so many tokens ahead; what is said stays the same (engine/speculate.py). Source: Mitchell et al. 2023 (paper 138).
+    pi is the model of the recipe (say, large and untuned), tuned and reference another one after and before its tuning (small):
+    scale of knowledge from the one, behaviour from the other, nothing trained. With `also`, a second tuning of the same
+    reference, `mix` blends two behaviours. tuned = reference gives pi; pi = reference gives tuned. All share one tokenizer.
+    nucleus: tokens outside pi's are barred. draft > 0 lets `tuned` run so many tokens ahead; what is said stays the same
+    (engine/speculate.py).
+    Source: Mitchell et al. 2023 (paper 138).
     """
 
     tuned: str  # a base, a run folder or a model folder: the small model after its tuning
@@ -42,7 +45,9 @@ class EFT:
         found = {name: _loaded(spec, device) for name, spec in named.items()}
         for name, model in found.items():
             if model.model.config.get_text_config().vocab_size != base.model.config.get_text_config().vocab_size:
-                raise UserError(f"decode.eft.{name}", named[name], "it has another vocabulary; all models must share one tokenizer")
+                raise UserError(
+                    f"decode.eft.{name}", named[name], "it has another vocabulary; all models must share one tokenizer"
+                )
         return {name: model.model for name, model in found.items()}
 
     def hooks(self, base: Any) -> list[Any]:

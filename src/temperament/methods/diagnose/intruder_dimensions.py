@@ -17,9 +17,10 @@ class IntruderDimensions:
         W0 = U0 S0 V0^T, W = U S V^T;   m_j = max_i |<u_j, u0_i>| over all left singular vectors of W0
         u_j, j <= k, is an intruder when m_j < eps
 
-    Reported for every changed matrix: the count, the ranks at which they stand, their singular values, the effective rank of the change
-    exp(entropy of its normalised singular values), and its relative norm |W - W0| / |W0|. Where W0 has fewer columns than rows its left
-    vectors do not span the space, and what lies outside counts as new. Source: Shuttleworth et al. 2024 (paper 018).
+    Reported for every changed matrix: the count, the ranks at which they stand, their singular values, the effective rank of
+    the change exp(entropy of its normalised singular values), and its relative norm |W - W0| / |W0|. Where W0 has fewer columns
+    than rows its left vectors do not span the space, and what lies outside counts as new. Source: Shuttleworth et al. 2024
+    (paper 018).
     """
 
     k: int = 10  # leading directions of the tuned weight that are looked at
@@ -41,11 +42,20 @@ class IntruderDimensions:
             overlap, values = overlaps(W0, W, self.k)
             found = (overlap < self.eps).nonzero()[:, 0].tolist()
             change = torch.linalg.svdvals(W - W0)
-            rows.append({
-                "place": place.name, "role": place.role, "stack": place.stack, "depth": place.depth, "count": len(found),
-                "ranks": found, "singular_values": [float(values[j]) for j in found], "overlap": [round(float(m), 4) for m in overlap],
-                "effective_rank": effective_rank(change), "relative_norm": float((W - W0).norm() / W0.norm().clamp(min=1e-30)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "place": place.name,
+                    "role": place.role,
+                    "stack": place.stack,
+                    "depth": place.depth,
+                    "count": len(found),
+                    "ranks": found,
+                    "singular_values": [float(values[j]) for j in found],
+                    "overlap": [round(float(m), 4) for m in overlap],
+                    "effective_rank": effective_rank(change),
+                    "relative_norm": float((W - W0).norm() / W0.norm().clamp(min=1e-30)),
+                }
+            )
         return {"intruders": sum(r["count"] for r in rows), "matrices": len(rows), "k": self.k, "eps": self.eps, "rows": rows}
 
 

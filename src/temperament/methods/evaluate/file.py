@@ -32,7 +32,10 @@ class PreferenceSkill:
         chosen = likelihood([(p, c) for _, p, c, _, _, _ in self.rows], system)
         rejected = likelihood([(p, r) for _, p, _, r, _, _ in self.rows], system)
         rows = zip(self.rows, chosen["nll"], rejected["nll"], chosen["kl"], strict=True)
-        return [Outcome(i, self.name, system.tokenizer.decode(p), c, c if a < b else r, float(a < b), a, k) for (i, p, _, _, c, r), a, b, k in rows]
+        return [
+            Outcome(i, self.name, system.tokenizer.decode(p), c, c if a < b else r, float(a < b), a, k)
+            for (i, p, _, _, c, r), a, b, k in rows
+        ]
 
 
 @part("evaluate.file", modalities=("text",))
@@ -40,8 +43,9 @@ class PreferenceSkill:
 class File:
     """Rows of a source as a skill: prompts answered greedily and compared, and the likelihood of their answers.
 
-    prompt/completion and messages: exact match of the (last) answer, white space apart; chosen/rejected: share of pairs the model
-    ranks rightly by nats per token; text: nats per token. `held_out` takes exactly those rows that the source keeps out of training.
+    prompt/completion and messages: exact match of the (last) answer, white space apart; chosen/rejected: share of pairs the
+    model ranks rightly by nats per token; text: nats per token. `held_out` takes exactly those rows that the source keeps out
+    of training.
     """
 
     data: Held  # the source whose rows are asked, e.g. {data.file: {path: test.jsonl}}
@@ -54,12 +58,19 @@ class File:
     def skills(self, ctx: Any) -> list[Any]:
         examples = list(self.data.held(ctx) if self.rows == "held_out" else self.data.read(ctx))[: ctx.items]
         if not examples:
-            raise UserError("evaluate.file.data", "no rows", "nothing is held out; raise `holdout` of the source, or give a file of test rows with rows: all")
+            raise UserError(
+                "evaluate.file.data",
+                "no rows",
+                "nothing is held out; raise `holdout` of the source, or give a file of test rows with rows: all",
+            )
         name, tok = self.name or self.data.called, ctx.base.tokenizer
         options = {k: v for k, v in self.data.encoding(ctx.base).items() if k in ("chat_template", "ends")}
         if isinstance(examples[0], Preference):
             pairs = [encode(e, tok, **options) for e in examples]
-            rows = [(f"{name}/{i}", *p.chosen.split, p.rejected.split[1], str(e.chosen), str(e.rejected)) for i, (e, p) in enumerate(zip(examples, pairs, strict=True))]
+            rows = [
+                (f"{name}/{i}", *p.chosen.split, p.rejected.split[1], str(e.chosen), str(e.rejected))
+                for i, (e, p) in enumerate(zip(examples, pairs, strict=True))
+            ]
             return [PreferenceSkill(name, tuple(rows), self.role)]
         questions = tuple(self._question(f"{name}/{i}", e) for i, e in enumerate(examples))
         if isinstance(examples[0], Text):
@@ -79,7 +90,15 @@ class File:
         elif isinstance(example, Prompt) and "answer" in example.meta:
             prompt, expected = example.prompt, str(example.meta["answer"])
         else:
-            raise UserError("evaluate.file.data", type(example).__name__.lower(), "these rows have no expected answer to compare with; add a column `answer` or `completion`")
+            raise UserError(
+                "evaluate.file.data",
+                type(example).__name__.lower(),
+                "these rows have no expected answer to compare with; add a column `answer` or `completion`",
+            )
         want = " ".join(expected.split())
-        right = (lambda output: float(want in " ".join(output.split()))) if self.contains else (lambda output: float(" ".join(output.split()) == want))
+        right = (
+            (lambda output: float(want in " ".join(output.split())))
+            if self.contains
+            else (lambda output: float(" ".join(output.split()) == want))
+        )
         return Question(id, prompt, expected, right)

@@ -9,7 +9,14 @@ from temperament.nn import draws
 from temperament.parts import part
 from temperament.protocols import Outcome
 
-OPENERS = ("Hello.", "Explain how it works.", "Write a short story.", "What is the capital of France?", "Give me a list of three things.", "Why?")
+OPENERS = (
+    "Hello.",
+    "Explain how it works.",
+    "Write a short story.",
+    "What is the capital of France?",
+    "Give me a list of three things.",
+    "Why?",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class KeepSkill:
         got = likelihood([(list(p), list(a)) for p, a in zip(self.starts, self.samples, strict=True)], system, choices=True)
         show = lambda ids: system.tokenizer.decode(ids) if system.tokenizer else " ".join(map(str, ids))
         rows = zip(self.starts, self.samples, got["choice"], got["agree"], got["nll"], got["kl"], strict=True)
-        return [Outcome(f"keep/{i}", self.name, show(p), show(a), show(c), g, n, k) for i, (p, a, c, g, n, k) in enumerate(rows)]
+        return [
+            Outcome(f"keep/{i}", self.name, show(p), show(a), show(c), g, n, k) for i, (p, a, c, g, n, k) in enumerate(rows)
+        ]
 
 
 @part("evaluate.keep", modalities=("text",))
@@ -42,9 +51,9 @@ class KeepSkill:
 class Keep:
     """The automatic keep set: retention measured on any base, with no benchmark at hand.
 
-    The base samples `items` texts at temperature 1 (from its start token, or as answers to a few plain requests when it has none).
-    Measured on them, teacher-forced: agreement, the share of tokens where the tuned model's first choice is the base's; KL(base ||
-    tuned) in nats per token; NLL. For the base itself agreement is 1 and KL is 0.
+    The base samples `items` texts at temperature 1 (from its start token, or as answers to a few plain requests when it has
+    none). Measured on them, teacher-forced: agreement, the share of tokens where the tuned model's first choice is the base's;
+    KL(base || tuned) in nats per token; NLL. For the base itself agreement is 1 and KL is 0.
     """
 
     items: int = 64  # texts the base writes
@@ -53,7 +62,9 @@ class Keep:
 
     def skills(self, ctx: Any) -> list[KeepSkill]:
         starts = self._starts(ctx.base)
-        made = generate(Pure(ctx.base), [list(s) for s in starts], Sampling(max_new=self.length, temperature=1.0), seed=self.seed)
+        made = generate(
+            Pure(ctx.base), [list(s) for s in starts], Sampling(max_new=self.length, temperature=1.0), seed=self.seed
+        )
         kept = [(s, tuple(ids)) for s, ids in zip(starts, made.ids, strict=True) if ids]
         return [KeepSkill(tuple(s for s, _ in kept), tuple(ids for _, ids in kept))]
 
@@ -62,7 +73,9 @@ class Keep:
         if tok is not None and tok.bos_token_id is not None:
             return [(tok.bos_token_id,)] * self.items
         if tok is not None and tok.chat_template:
-            ask = lambda text: tok.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True)
+            ask = lambda text: tok.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True
+            )
             return [tuple(ask(OPENERS[i % len(OPENERS)])["input_ids"]) for i in range(self.items)]
         import torch
 

@@ -34,7 +34,10 @@ class Lab:
     def _skill(self, skill: worlds.Skill, ctx: Any) -> TextSkill:
         items = skill.items("test", self.items or ctx.items, self.seed)
         exact = skill.metric == "exact"
-        questions = tuple(Question(i.id, i.prompt, i.answer, lambda output, i=i: float(skill.check(i, output)) if exact else 0.0) for i in items)
+        questions = tuple(
+            Question(i.id, i.prompt, i.answer, lambda output, i=i: float(skill.check(i, output)) if exact else 0.0)
+            for i in items
+        )
         longest = max(len(ctx.base.tokenizer(i.answer)["input_ids"]) for i in items)
         role = "target" if skill.name == self.target else "retained"
         return TextSkill(skill.name, questions, role, skill.metric, longest + 4, skill.distance_to.get(self.target or ""))

@@ -28,6 +28,8 @@ class AdamW:
         groups: dict[tuple, dict] = {}
         for p in parameters:
             key = (p.lr_factor, p.decay and len(p.shape) > 1)
-            group = groups.setdefault(key, {"params": [], "lr_factor": key[0], "weight_decay": self.weight_decay if key[1] else 0.0})
+            group = groups.setdefault(
+                key, {"params": [], "lr_factor": key[0], "weight_decay": self.weight_decay if key[1] else 0.0}
+            )
             group["params"].append(p.tensor)
         return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=self.betas, eps=self.eps, fused=True)

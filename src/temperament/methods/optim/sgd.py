@@ -18,5 +18,12 @@ class SGD:
     weight_decay: float = 0.0  # added to the gradient: decay * W
 
     def build(self, parameters: list[Any], ctx: Any) -> torch.optim.Optimizer:
-        groups = [{"params": [p.tensor], "lr_factor": p.lr_factor, "weight_decay": self.weight_decay if p.decay and len(p.shape) > 1 else 0.0} for p in parameters]
+        groups = [
+            {
+                "params": [p.tensor],
+                "lr_factor": p.lr_factor,
+                "weight_decay": self.weight_decay if p.decay and len(p.shape) > 1 else 0.0,
+            }
+            for p in parameters
+        ]
         return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)

@@ -11,7 +11,10 @@ from temperament.parts import part
 @part("rewards.exact", modalities=("text",))
 @dataclass(frozen=True)
 class Exact:
-    """1 where the response is the expected answer, white space apart; else 0. A verifier: it compares, it never runs anything."""
+    """1 where the response is the expected answer, white space apart; else 0.
+
+    A verifier: it compares, it never runs anything.
+    """
 
     column: str = "answer"  # column of the row that holds the expected answer
 
@@ -22,5 +25,7 @@ class Exact:
 
 def needed(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
-        raise UserError("rewards.column", column, f"the rows have no such column; they have {', '.join(sorted(map(str, row))) or 'none'}")
+        raise UserError(
+            "rewards.column", column, f"the rows have no such column; they have {', '.join(sorted(map(str, row))) or 'none'}"
+        )
     return row[column]

@@ -16,6 +16,8 @@ class LabOracle:
 
     def score(self, prompt: Any, outputs: Sequence[str], row: Mapping[str, Any]) -> list[float | None]:
         if "item" not in row:
-            raise UserError("rewards.lab", sorted(map(str, row)), "it judges rows of data.lab; use rewards.exact for rows of a file")
+            raise UserError(
+                "rewards.lab", sorted(map(str, row)), "it judges rows of data.lab; use rewards.exact for rows of a file"
+            )
         skill = worlds.skill(row["item"].skill)
         return [float(skill.check(row["item"], o)) for o in outputs]

@@ -16,8 +16,8 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 class Number:
     """1 where the last number of the response is the last number of the expected answer; else 0. Parses, never evaluates.
 
-    partial: what a response gets in which a wrong number can be read (ReFT: 0.1); one without any number gets 0. Not for multiple choice, where
-    it pays for guessing.
+    partial: what a response gets in which a wrong number can be read (ReFT: 0.1); one without any number gets 0. Not for
+    multiple choice, where it pays for guessing.
     """
 
     column: str = "answer"  # column of the row that holds the expected answer
@@ -25,7 +25,11 @@ class Number:
 
     def score(self, prompt: Any, outputs: Sequence[str], row: Mapping[str, Any]) -> list[float | None]:
         if self.column not in row:
-            raise UserError("rewards.number.column", self.column, f"the rows have no such column; they have {', '.join(sorted(map(str, row)))}")
+            raise UserError(
+                "rewards.number.column",
+                self.column,
+                f"the rows have no such column; they have {', '.join(sorted(map(str, row)))}",
+            )
         want = last_number(str(row[self.column]))
         said = [last_number(o) for o in outputs]
         return [None if want is None else 1.0 if s == want else 0.0 if s is None else self.partial for s in said]

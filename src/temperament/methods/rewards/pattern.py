@@ -11,7 +11,10 @@ from temperament.parts import part
 @part("rewards.pattern", modalities=("text",))
 @dataclass(frozen=True)
 class Pattern:
-    """1 where the response matches a regular expression (a format), else 0; responses beyond `longest` characters score 0 unread."""
+    """1 where the response matches a regular expression (a format), else 0.
+
+    Responses beyond `longest` characters score 0 unread.
+    """
 
     pattern: str  # regular expression; must match somewhere in the response
     whole: bool = False  # it must match the whole response

@@ -18,15 +18,16 @@ from temperament.protocols import Examples, Reward
 @part("rollout.raft", papers=["025"], modalities=("text",))
 @dataclass(frozen=True)
 class RAFT:
-    """Reward-ranked fine-tuning: in stages, sample k responses to each prompt, keep the best ones, train on them as on any text.
+    """Reward-ranked fine-tuning: in stages, sample k responses to each prompt, keep the best, train on them as text.
 
         local    of the k responses y ~ p(. | x) to each prompt the one of highest reward:  density  k F(r)^(k-1) p(y)
         global   of all k * stage responses the best 1/k, whatever their prompt (only if rewards compare across prompts)
         ranked by  r(x, y) - beta (log p(y | x) - log p_ref(y | x))            over the whole response, nats
 
-    A stage is `stage` prompts in turn, sampled from the model as it stands then, kept for `epochs` passes. What a stage kept is state:
-    a run killed inside goes on with the same texts. k = 1 is training on one's own samples, which changes nothing on average. Logged: mean
-    reward of the samples and of the kept, share of distinct responses. Source: Dong et al. 2023 (paper 025).
+    A stage is `stage` prompts in turn, sampled from the model as it stands then, kept for `epochs` passes. What a stage kept is
+    state: a run killed inside goes on with the same texts. k = 1 is training on one's own samples, which changes nothing on
+    average.
+    Logged: mean reward of the samples and of the kept, share of distinct responses. Source: Dong et al. 2023 (paper 025).
     """
 
     prompts: Examples  # rows with a prompt; an answer column (or completion) for the rewards
@@ -85,8 +86,14 @@ class Stream:
         chosen = in_turn(len(self.prompts), spec.stage, stage * spec.stage, ctx.seed)
         numbers = [p for p in chosen for _ in range(spec.k)]
         # A prompt may come twice in a stage: a response is addressed by its place in it.
-        made = respond(ctx, ctx.live.view("live"), [self.prompts[n].ids for n in numbers], Sampling(spec.max_new, spec.temperature),
-                       stage, list(range(len(numbers))))  # fmt: skip
+        made = respond(
+            ctx,
+            ctx.live.view("live"),
+            [self.prompts[n].ids for n in numbers],
+            Sampling(spec.max_new, spec.temperature),
+            stage,
+            list(range(len(numbers))),
+        )
         texts = [ctx.base.tokenizer.decode(i, skip_special_tokens=True) for i in made.ids]
         rewards: list[float] = []
         for i, p in enumerate(chosen):
@@ -94,12 +101,18 @@ class Stream:
         value = torch.tensor(rewards)
         if spec.beta:
             tokens, logp, _ = made.batch([self.prompts[n].ids for n in numbers])
-            theirs = ctx.views.precompute(spec.reference, tokens, lambda m, t: (score(m, t, label())["label"] * t.weights).sum(1))
+            theirs = ctx.views.precompute(
+                spec.reference, tokens, lambda m, t: (score(m, t, label())["label"] * t.weights).sum(1)
+            )
             value = value - spec.beta * ((logp * tokens.weights).sum(1) - theirs)
         best = keep(value, spec.k, spec.ranking)
         self.stage, self.kept = stage, [[numbers[i], made.ids[i]] for i in best]
         distinct = len({(n, tuple(r)) for n, r in zip(numbers, made.ids, strict=True)}) / len(numbers)
-        self.told = {"reward": sum(rewards) / len(rewards), "kept_reward": sum(rewards[i] for i in best) / len(best), "distinct": distinct}
+        self.told = {
+            "reward": sum(rewards) / len(rewards),
+            "kept_reward": sum(rewards[i] for i in best) / len(best),
+            "distinct": distinct,
+        }
 
     def feedback(self, batches: list, row: dict) -> dict[str, float]:
         return self.told

@@ -15,14 +15,16 @@ from temperament.protocols import Examples, Source
 @part("rollout.relift", papers=["217"], modalities=("text",))
 @dataclass(frozen=True)
 class ReLIFT:
-    """Reinforcement interleaved with supervision on what it cannot reach: a rollout each step, and demonstrations once enough are due.
+    """Reinforcement interleaved with supervision on what it cannot reach: a rollout each step, demonstrations when due.
 
-        all responses of a group marked `failed`  ->  its question goes to the front of a buffer (mixed groups and broken formats do not)
-        the buffer holds `due` questions          ->  the first `due` leave it, and their demonstrations are a second batch of this step
+        all of a group marked `failed`    ->  its question goes to the front of a buffer (not of mixed groups, broken formats)
+        the buffer holds `due` questions  ->  the first `due` leave it; their demonstrations are a second batch of this step
 
-    The rollout trains the main player; the demonstrations (a batch of `Tokens`) train a player that shares its weights and has an optimizer
-    of its own: moments, rate, clipping. So the share of supervision follows what is still unsolved. The buffer is state: a run that was killed
-    goes on with it. due larger than all questions is reinforcement alone. Source: Ma et al. 2025 (paper 217): 128 due, reward 1, 0, -1.
+    The rollout trains the main player; the demonstrations (a batch of `Tokens`) train a player that shares its weights and has
+    an optimizer
+    of its own: moments, rate, clipping. So the share of supervision follows what is still unsolved. The buffer is state: a run
+    that was killed goes on with it. due larger than all questions is reinforcement alone. Source: Ma et al. 2025 (paper 217):
+    128 due, reward 1, 0, -1.
     """
 
     rollout: Source  # what is sampled and scored: {rollout.sample: ...}
@@ -58,7 +60,11 @@ class Stream:
         found = [known.get(repr(p.prompt)) for p in self.inner.prompts]
         if any(e is None for e in found):
             missing = found.index(None)
-            raise UserError("rollout.relift.demonstrations", str(self.inner.prompts[missing].prompt)[:60], "it has no row for this prompt; give one for each")
+            raise UserError(
+                "rollout.relift.demonstrations",
+                str(self.inner.prompts[missing].prompt)[:60],
+                "it has no row for this prompt; give one for each",
+            )
         self.answers, _ = encode_all(found, self.ctx.base.tokenizer)
 
     def batch(self, step: int, progress: Any = None) -> Batch | list[Batch]:

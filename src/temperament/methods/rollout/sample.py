@@ -18,10 +18,10 @@ from temperament.protocols import Examples, Reward
 class Sample:
     """Groups of responses sampled from the policy as it stands, scored by verifiers: what GRPO and its kin train on.
 
-    Each step takes batch / group prompts (a permutation of them each epoch), samples `group` responses to each, and scores a response by
-    the weighted sum of its rewards; a reward that does not apply (None) adds nothing. The log-probs a response was sampled with come from
-    the generation itself, so the policy is not run again for them. Draws are addressed by (seed, step, prompt, sample, position):
-    resuming in the middle gives the same responses. The loop does not know that this is not a file.
+    Each step takes batch / group prompts (a permutation of them each epoch), samples `group` responses to each, and scores a
+    response by the weighted sum of its rewards; a reward that does not apply (None) adds nothing. The log-probs a response was
+    sampled with come from the generation itself, so the policy is not run again for them. Draws are addressed by (seed, step,
+    prompt, sample, position): resuming in the middle gives the same responses. The loop does not know that this is not a file.
     """
 
     prompts: Examples  # rows with a prompt; an answer column (or completion) for the rewards
@@ -45,7 +45,11 @@ class Sample:
 
     def open(self, ctx: Any) -> Stream:
         if ctx.batch % self.group:
-            raise UserError("train.batch", ctx.batch, f"it must be a multiple of the group ({self.group}), e.g. {self.group * max(ctx.batch // self.group, 1)}")
+            raise UserError(
+                "train.batch",
+                ctx.batch,
+                f"it must be a multiple of the group ({self.group}), e.g. {self.group * max(ctx.batch // self.group, 1)}",
+            )
         return Stream(self, ctx)
 
     def suites(self) -> list[dict]:

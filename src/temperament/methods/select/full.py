@@ -20,7 +20,9 @@ class Full:
     def build(self, base, ctx) -> Trained:
         wanted = {p.name for p in base.places.match(list(self.only), "select.full.only")} if self.only else None
         frozen = {p.name for p in base.places.match(list(self.freeze), "select.full.freeze")} if self.freeze else set()
-        return Trained(params=parameters(base, lambda place: (wanted is None or place.name in wanted) and place.name not in frozen))
+        return Trained(
+            params=parameters(base, lambda place: (wanted is None or place.name in wanted) and place.name not in frozen)
+        )
 
 
 def parameters(base, keep) -> list[Param]:
@@ -30,5 +32,14 @@ def parameters(base, keep) -> list[Param]:
         place, _ = base.places.parameters()[name]
         if keep(place):
             role = "bias" if name.endswith("bias") else "weight"
-            records.append(Param(name, tensor, role, base.places.depth_of(name), base=tensor, decay=role == "weight" and place.category != "norm"))
+            records.append(
+                Param(
+                    name,
+                    tensor,
+                    role,
+                    base.places.depth_of(name),
+                    base=tensor,
+                    decay=role == "weight" and place.category != "norm",
+                )
+            )
     return records

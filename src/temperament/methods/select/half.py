@@ -22,9 +22,10 @@ class Half:
         the norms. Odd categories alternate over blocks in a random order, so the share holds over the model.
         by layer: all of half the blocks; by model: half of all block tensors.
 
-    Frozen tensors keep what they knew, bit for bit. The choice is redrawn for each step of a recipe and each round, so over many
-    stages the changes average out. Embeddings, head and final norm are trained, outside the count (`outside: false` freezes them). The
-    masked update is full fine-tuning's times the mask. Source: Hui et al. 2024, Half Fine-Tuning (paper 012).
+    Frozen tensors keep what they knew, bit for bit. The choice is redrawn for each step of a recipe and each round, so over
+    many stages the changes average out. Embeddings, head and final norm are trained, outside the count (`outside: false`
+    freezes them). The masked update is full fine-tuning's times the mask. Source: Hui et al. 2024, Half Fine-Tuning (paper
+    012).
     """
 
     share: float = 0.5  # share of the tensors of each category that is trained
@@ -42,7 +43,16 @@ class Half:
         for name, tensor in base.parameters():
             place, which = base.places.parameters()[name]
             if place.name in chosen:
-                params.append(Param(name, tensor, which, base.places.depth_of(name), base=tensor, decay=place.category != "norm" and which == "weight"))
+                params.append(
+                    Param(
+                        name,
+                        tensor,
+                        which,
+                        base.places.depth_of(name),
+                        base=tensor,
+                        decay=place.category != "norm" and which == "weight",
+                    )
+                )
         return Trained(params=params)
 
     def choose(self, places: Any, seed: int, round: int = 0) -> set[str]:
@@ -76,7 +86,8 @@ class Half:
         return chosen
 
     def _of_each_block(self, blocks: list[list[str]], seed: int, address: str) -> list[str]:
-        """floor(share * n) of the n places of every block, one more in as many blocks (drawn) as the share asks for over all."""
+        """floor(share * n) of the n places of every block, one more in as many blocks (drawn) as the share asks for over
+        all."""
         low = [int(self.share * len(b)) for b in blocks]
         missing = round_half(sum(self.share * len(b) for b in blocks)) - sum(low)
         able = [i for i in draws.permutation(len(blocks), seed, address + "/blocks").tolist() if low[i] < len(blocks[i])]

@@ -9,8 +9,8 @@ from torch import Tensor
 from temperament.errors import UserError
 from temperament.nn import draws, linalg
 from temperament.parts import part
-from temperament.train.trained import Param, Trained
 from temperament.train.packed import values_at
+from temperament.train.trained import Param, Trained
 
 
 @part("select.lift", papers=["216"])

@@ -15,7 +15,9 @@ class Arm:
     """One method of a comparison: what it trains, and its own rates."""
 
     trainable: list[Trainable]  # what is updated
-    rates: list[float] = field(default_factory=list)  # learning rates tried on the first seed, the best kept; empty: the recipe's times the method's own factor
+    rates: list[float] = field(
+        default_factory=list
+    )  # learning rates tried on the first seed, the best kept; empty: the recipe's times the method's own factor
 
 
 @part("studies.compare")
@@ -23,9 +25,10 @@ class Arm:
 class Compare:
     """Several methods on one task at matched gain: what did each lose?
 
-    Every arm runs the recipe with its own trainable at its own learning rate and stops at the same level of the target (`stop` of the
-    recipe's train step), over several seeds. With several rates an arm first tries each on the first seed and keeps the one that reached the
-    level with the least loss (or came nearest to it). Read: gain and loss for each arm with a t interval over seeds, and the Pareto front.
+    Every arm runs the recipe with its own trainable at its own learning rate and stops at the same level of the target (`stop`
+    of the recipe's train step), over several seeds. With several rates an arm first tries each on the first seed and keeps the
+    one that reached the level with the least loss (or came nearest to it). Read: gain and loss for each arm with a t interval
+    over seeds, and the Pareto front.
     """
 
     arms: dict[str, Arm]  # by name
@@ -36,7 +39,8 @@ class Compare:
             raise ValueError("a comparison needs at least one arm and one seed")
 
     def plan(self, recipe: Any, done: dict[tuple, Any]) -> Iterator[tuple[tuple, Any]]:
-        """(address, recipe) of each run in order; `done` fills as they end, so that the best rate can be chosen from the first seed."""
+        """(address, recipe) of each run in order; `done` fills as they end, so that the best rate can be chosen from the first
+        seed."""
         for name, arm in self.arms.items():
             rates = arm.rates or [None]
             for rate in rates:
@@ -60,7 +64,11 @@ class Compare:
         for step in recipe.steps:
             if step.train:
                 lr = rate if rate is not None else times(step.train.optimizer.lr, rate_factor(arm.trainable))
-                train = replace(step.train, trainable=list(arm.trainable), optimizer=replace(step.train.optimizer, lr=_as_rate(step.train.optimizer.lr, lr)))
+                train = replace(
+                    step.train,
+                    trainable=list(arm.trainable),
+                    optimizer=replace(step.train.optimizer, lr=_as_rate(step.train.optimizer.lr, lr)),
+                )
                 step = replace(step, train=train)
             steps.append(step)
         return replace(recipe, steps=steps, seed=seed)
@@ -86,10 +94,24 @@ class Compare:
     def compared(self, finding: dict[str, Any]) -> dict[str, Any]:
         """For the picture: gain and loss (shares) of every run of every arm."""
         share = lambda points: None if points is None else points / 100
-        points = [{"method": a["name"], "seed": s, "gain": share(m["gain"]), "loss": max(share(m["loss"]) or 0.0, 0.0), "seconds": m["seconds"], "parameters": m["parameters"]}
-                  for a in finding["arms"] for s, m in zip(finding["seeds"], a["runs"], strict=False)]  # fmt: skip
+        points = [
+            {
+                "method": a["name"],
+                "seed": s,
+                "gain": share(m["gain"]),
+                "loss": max(share(m["loss"]) or 0.0, 0.0),
+                "seconds": m["seconds"],
+                "parameters": m["parameters"],
+            }
+            for a in finding["arms"]
+            for s, m in zip(finding["seeds"], a["runs"], strict=False)
+        ]
         missed = [a["name"] for a in finding["arms"] if not a["reached"]]
-        note = "Every method stopped at the same level of the target." if not missed else f"{', '.join(missed)} did not reach the level of the target: read its loss beside its smaller gain."
+        note = (
+            "Every method stopped at the same level of the target."
+            if not missed
+            else f"{', '.join(missed)} did not reach the level of the target: read its loss beside its smaller gain."
+        )
         return {"points": points, "note": note}
 
     def chosen(self, finding: dict[str, Any], runs: dict[tuple, Any]) -> tuple | None:
@@ -132,6 +154,10 @@ def times(lr: Any, factor: float) -> Any:
 def _as_rate(old: Any, new: Any) -> Any:
     """A plain rate put into the recipe's own schedule; a schedule as it is."""
     if isinstance(new, (int, float)) and not isinstance(old, (int, float)):
-        top = max(old.values) if hasattr(old, "values") else next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
+        top = (
+            max(old.values)
+            if hasattr(old, "values")
+            else next(getattr(old, n) for n in ("peak", "start", "value") if hasattr(old, n))
+        )
         return times(old, new / top)
     return new

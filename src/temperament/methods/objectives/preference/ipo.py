@@ -12,12 +12,12 @@ from temperament.protocols import Term, Terms
 @part("objectives.preference.ipo", modalities=("text",))
 @dataclass(frozen=True)
 class IPO:
-    """Identity preference optimisation: the margin is drawn to a finite value, so a preference that always holds cannot run away.
+    """Identity preference optimisation: the margin is drawn to a finite value, so that no preference runs away.
 
         loss = ( (pi_w - ref_w)/n_w - (pi_l - ref_l)/n_l - 1 / (2 beta) )^2         mean over pairs
 
-    pi, ref: log-probs of the responses (nats) under the policy and the reference version; n: their trained tokens, so that long answers
-    are not preferred for their length. Source: Azar et al. 2023.
+    pi, ref: log-probs of the responses (nats) under the policy and the reference version; n: their trained tokens, so that long
+    answers are not preferred for their length. Source: Azar et al. 2023.
     """
 
     batch: ClassVar = ("Pairs",)
@@ -44,4 +44,7 @@ class IPO:
         chosen = (response(views.model, micro.chosen) - micro.ref_chosen) / micro.chosen.weights.sum(1)
         rejected = (response(views.model, micro.rejected) - micro.ref_rejected) / micro.rejected.weights.sum(1)
         margin = chosen - rejected
-        return {"ipo": Term((margin - 1 / (2 * self.beta)) ** 2, len(micro)), "margin": Term(margin.detach(), len(micro), weight=0)}
+        return {
+            "ipo": Term((margin - 1 / (2 * self.beta)) ** 2, len(micro)),
+            "margin": Term(margin.detach(), len(micro), weight=0),
+        }

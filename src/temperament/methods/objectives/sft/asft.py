@@ -17,8 +17,9 @@ class ASFT:
         loss = sum_t w_t ( - sg(p_t) log p_t  +  beta KL_t ) / sum_t w_t
         KL_t = KL(p_0 || p) (forward: all that p_0 could say stays covered) or KL(p || p_0) (reverse), whole vocabulary, nats
 
-    p_t = p(x_t | x_<t). p_0 is a version of the same model, by default `start`: no second model. beta = 0 is DFT, and scores no p_0. One
-    forward of each model gives both terms. Source: Anchored Supervised Fine-Tuning (paper 031); the direction is that of its code.
+    p_t = p(x_t | x_<t). p_0 is a version of the same model, by default `start`: no second model. beta = 0 is DFT, and scores no
+    p_0. One forward of each model gives both terms. Source: Anchored Supervised Fine-Tuning (paper 031); the direction is that
+    of its code.
     """
 
     batch: ClassVar = ("Tokens",)

@@ -14,10 +14,11 @@ from temperament.protocols import Term, Terms
 class DFT:
     """Dynamic fine-tuning: each token's loss weighed by the probability the model gives it, no gradient through the weight.
 
-        loss = - sum_t w_t sg(p_t) log p_t / sum_t w_t        p_t = p(x_t | x_<t),  so  gradient = - sum_t w_t grad p_t / sum_t w_t
+        loss = - sum_t w_t sg(p_t) log p_t / sum_t w_t        p_t = p(x_t | x_<t)
+        gradient = - sum_t w_t grad p_t / sum_t w_t
 
-    A token the model finds absurd teaches little, one it half believes teaches most: reward-weighted regression with reward 1 on the
-    demonstration. It sharpens without an anchor; `objectives.sft.asft` adds one. `nll` is recorded, not trained.
+    A token the model finds absurd teaches little, one it half believes teaches most: reward-weighted regression with reward 1
+    on the demonstration. It sharpens without an anchor; `objectives.sft.asft` adds one. `nll` is recorded, not trained.
     Source: Wu et al. 2025 (On the Generalization of SFT); Anchored Supervised Fine-Tuning (paper 031).
     """
 
