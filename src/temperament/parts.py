@@ -236,7 +236,15 @@ def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] 
     try:
         return cls(**filled)
     except (ValueError, TypeError) as problem:
-        raise UserError(field or "recipe", plain(dict(options)), str(problem).rstrip(".")) from None
+        raise _refused(str(problem).rstrip("."), options, hints, field) from None
+
+
+def _refused(why: str, options: Mapping[str, Any], hints: Mapping[str, Any], field: str) -> UserError:
+    """What a part's own check says: of the option it begins with, where it begins with one, else of all options."""
+    first, _, rest = why.partition(" ")
+    if first in hints and first in options and rest.startswith(("must", "is ", "lies", "has ")):
+        return UserError(_under(field, first), plain(options[first]), why)
+    return UserError(field or "recipe", plain(dict(options)), why)
 
 
 def _under(field: str, key: Any) -> str:

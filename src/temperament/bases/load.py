@@ -26,6 +26,7 @@ from temperament import parts
 from temperament.bases.kept import Kept, kept
 from temperament.delta import Addition, Delta, identity
 from temperament.delta.peft_format import is_peft, read_peft
+from temperament.delta.stream import finite
 from temperament.errors import UserError, nearest
 from temperament.nn.pieces import Switch, attach
 
@@ -155,13 +156,14 @@ def load(
 ) -> Base:
     """The base a recipe names. Raises UserError naming the field, the value and the mend.
 
-    own: where a change on another base is named, the result is a base of its own, as what is tuned further must be; otherwise the
-    change stays apart from what it was made on, so that both can be asked for.
+    own: where a change on another base is named, the result is a base of its own, as what is tuned further must be; otherwise
+    the change stays apart from what it was made on, so that both can be asked for.
     """
     if isinstance(spec, Base):
         return spec
     if isinstance(spec, nn.Module):
         return Base("python", {"lm": spec})
+    _reachable(device)
     spec = str(spec)
     folder = locate(spec, field)
     found = kept(folder, field) if folder is not None else None
@@ -225,11 +227,15 @@ def locate(spec: str, field: str = "base") -> Path | None:
         if version and version not in versions:
             raise UserError(field, spec, f"no such version; {nearest(version, versions) if versions else 'it has none'}")
         return folder
+    if not spec.strip():
+        raise UserError(field, spec, "name a lab base (lab/lm), a folder or a Hugging Face id")
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
         raise UserError(field, spec, "a base is a folder or a Hugging Face id, not a file")
+    if "://" in spec:
+        raise UserError(field, spec, "give a folder, or a Hugging Face id as org/name, not an address")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UserError(field, spec, "no such folder")
     return None
@@ -251,20 +257,44 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
     try:
         config = AutoConfig.from_pretrained(source, **options)
         model_class, component = _model_class(config, transformers)
-        model = model_class.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **options)
+        options_ = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+        model, told = model_class.from_pretrained(source, **options_, **options)
     except UserError:
         raise
     except Exception as problem:
         first = str(problem).strip().split("\n")[0][:200]
+        if "ignore_mismatched_sizes" in first:
+            raise UserError(field, spec, "its weights have other shapes than its config.json says; copy both again") from None
         mend = "the file is damaged or truncated" if "safetensor" in repr(problem).lower() or "header" in first.lower() else "it could not be loaded"
         raise UserError(field, spec, f"{mend} ({first}); name a folder with config.json and safetensors, a lab base (lab/lm) or a reachable Hugging Face id") from None
+    _whole(model, told, spec, field)
     processors = {}
     try:
         processors["tokenizer"] = AutoTokenizer.from_pretrained(source, **options)
     except Exception as problem:
         if folder is not None and (folder / "tokenizer.json").exists():
-            raise UserError(field, spec, f"its tokenizer could not be read ({str(problem).strip().splitlines()[0][:160]})") from None
+            why = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            raise UserError(field, spec, f"its tokenizer.json could not be read ({why}); copy it again") from None
     return Base(spec, {component: model}, processors, folder, _identity(source, folder, component))
+
+
+def _whole(model: nn.Module, told: dict[str, Any], spec: str, field: str) -> None:
+    """Refuse weights of which some are missing, which would be drawn at random, or are no numbers."""
+    if missing := sorted(told.get("missing_keys") or ()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        why = f"its weights lack {missing[0]}{more}, which would be random; copy the folder again, or name another"
+        raise UserError(field, spec, why)
+    for name, p in model.named_parameters():
+        if not finite(p.detach()):
+            raise UserError(field, spec, f"its {name} holds NaN or infinite numbers; copy the folder again, or use another")
+
+
+def _reachable(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError("device", str(device), f"this machine has no such device; use auto or one of {', '.join(found)}") from None
 
 
 def _identity(source: str, folder: Path | None, component: str) -> dict[str, str]:

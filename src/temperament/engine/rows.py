@@ -194,7 +194,8 @@ def _detect(raw: list, found: Counter, name: str) -> tuple[str, list[str]]:
         if hint:
             mend = "rename with columns: {" + ", ".join(f"{k}: {t}" for k, t in hint.items()) + "}"
         else:
-            typed = [f"'{u}': {nearest(u, COLUMNS)}" for u in sorted(usual) if nearest(u, COLUMNS).startswith("did")]
+            other = sorted(usual - set(COLUMNS))
+            typed = [f"'{u}': {nearest(u, COLUMNS)}" for u in other if nearest(u, COLUMNS).startswith("did")]
             mend = "; ".join(typed) or "one of text, messages, prompt + completion, chosen + rejected is needed"
         raise UserError(f"columns of {name}", ", ".join(sorted(usual or found)), f"they make no known shape; {mend}")
     chosen = SHAPES[fitting[0]]
@@ -237,6 +238,8 @@ def _from_path(source: str, split, config) -> Iterator:
         near = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
         near = get_close_matches(path.name, near, n=2, cutoff=0.6)
         mend = "no such file or folder" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        if "://" in source:
+            mend = "addresses are not fetched; download it and name the file"
         raise UserError("data", source, mend + ("; did you mean " + " or ".join(map(repr, near)) + "?" if near else ""))
 
 

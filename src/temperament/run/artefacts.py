@@ -117,7 +117,10 @@ class Folder:
 
     def run(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "run.json").read_text())
+            found = json.loads((self.path / "run.json").read_text())
+            if not isinstance(found, dict):
+                raise ValueError("it holds no object")
+            return found
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as problem:

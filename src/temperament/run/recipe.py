@@ -120,6 +120,10 @@ class Train:
             raise ValueError("trainable is empty: name a selection or an adapter")
         if (self.steps or 0) < 0 or (self.epochs or 0) < 0:
             raise ValueError("steps and epochs must not be negative")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError("clip must be above 0, or null for none")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError("ema must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,16 @@ class AdamW:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled decay of matrices, times lr
 
+    def __post_init__(self):
+        if isinstance(self.lr, (int, float)) and self.lr < 0:
+            raise ValueError("lr must not be negative")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError("eps must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError("weight_decay must not be negative")
+
     def build(self, parameters: list[Any], ctx: Any) -> torch.optim.Optimizer:
         groups: dict[tuple, dict] = {}
         for p in parameters:

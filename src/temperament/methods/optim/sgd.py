@@ -17,6 +17,14 @@ class SGD:
     momentum: float = 0.0  # mu
     weight_decay: float = 0.0  # added to the gradient: decay * W
 
+    def __post_init__(self):
+        if isinstance(self.lr, (int, float)) and self.lr < 0:
+            raise ValueError("lr must not be negative")
+        if not 0 <= self.momentum < 1:
+            raise ValueError("momentum must lie in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError("weight_decay must not be negative")
+
     def build(self, parameters: list[Any], ctx: Any) -> torch.optim.Optimizer:
         groups = [
             {
