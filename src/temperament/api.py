@@ -5,6 +5,7 @@ They put the floors together - a run and its report - and decide nothing themsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,19 @@ def dial(
 
     from temperament.run.dial import dial as sweep
     from temperament.run.dial import scaled
-    from temperament.run.export import export_delta
+    from temperament.run.export import export_delta, free
     from temperament.run.reopen import reopen
 
+    if bake is not None:
+        free(bake, "--bake")
     again = reopen(run, device)
     given = {"budget": budget, "strengths": list(strengths) or None, "shape": list(shape) or None, "items": items}
-    spec = replace(again.recipe.evaluation.dial or schema.Dial(), **{k: v for k, v in given.items() if v is not None})
+    given = {k: v for k, v in given.items() if v is not None}
+    try:
+        spec = replace(again.recipe.evaluation.dial or schema.Dial(), **given)
+    except ValueError as problem:
+        name = str(problem).split(" ", 1)[0]
+        raise UserError(f"--{name}", given.get(name), str(problem)) from None
     found = {"run": str(run), **sweep(again.skills(), again.delta, spec, tell)}
     if bake is not None:
         again.base.reset()
@@ -139,6 +147,8 @@ def export(run: str | Path, to: str | Path, as_: str = "merged", *, at: str | fl
                 "--at", "best", "this run has no dial; add evaluation.dial to its recipe, or sweep it with `temper dial`"
             )
     elif at is not None:
+        if not math.isfinite(float(at)):
+            raise UserError("--at", at, "give a finite number, or best")
         point = {"shape": "merge.linear", "strength": float(at)}
     return {"run": str(run), "to": str(to), "as": as_, "at": point, "certificate": write(run, to, as_, point)}
 
@@ -152,6 +162,8 @@ def look(
     from temperament.engine.rows import read_rows
     from temperament.run.generate import needs_tokenizer
 
+    if n < 0:
+        raise UserError("--n", n, "give 0 or more")
     tokenizer = needs_tokenizer(base if isinstance(base, Base) else load(base, field="--base"))
     rows = read_rows(data, on_bad="skip" if skip_bad else "stop", limit=limit)
     return {

@@ -152,7 +152,9 @@ def _text_of(module: str) -> str:
 def must_be(name: str, slot: Any, field: str) -> None:
     """Refuse a name that is no part, or none of this slot's rooms; without loading it."""
     if name not in index():
-        raise UserError(field, name, f"no such part; {nearest(name, index())}")
+        mine = [n for room in getattr(slot, "rooms", ()) for n in names(room)]
+        near = nearest(name, index())  # a near name of any room; else those that could stand here
+        raise UserError(field, name, f"no such part; {nearest(name, mine) if mine and not near.startswith('did') else near}")
     _fits_room(name, slot, field)
 
 
@@ -211,8 +213,7 @@ def build(value: Any, slot: Any = None, field: str = "part") -> Any:
         options = {} if options is None else options
     else:
         raise UserError(field, value, "write a part as its name or as {name: {option: value}}")
-    if slot is not None and name in index():
-        _fits_room(name, slot, field)
+    must_be(name, slot, field)
     cls = get(name, field)
     _fits(cls, slot, field)
     return fill(cls, options, f"{field}.{name}", getattr(cls, "scheduled", getattr(slot, "scheduled", False)))

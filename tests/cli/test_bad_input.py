@@ -124,3 +124,42 @@ def test_a_run_whose_record_is_something_else(capsys):
 def test_a_device_that_is_not_there(capsys):
     for device in ("tpu", "cuda:77"):
         assert "device" in refused(capsys, "eval", "lab/lm-small", "--device", device)
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    import os
+
+    was = Path.cwd()
+    os.chdir(place)
+    try:
+        assert cli.main(["tune", recipe(), "--out", "tuned", "--quiet"]) == 0
+    finally:
+        os.chdir(was)
+    return "tuned"
+
+
+def test_what_a_finished_run_is_asked_for(capsys, run):
+    Path("full").mkdir()
+    Path("full/x").write_text("mine")
+    export = lambda *a: refused(capsys, "export", run, *a)
+    dial = lambda *a: refused(capsys, "dial", run, *a)
+    assert "finite" in export("--to", "x", "--at", "nan")
+    for way in (("good.jsonl/x",), ("/proc/no/x", "--as", "delta")):
+        assert "cannot be made" in export("--to", *way)
+    assert "--items is 0" in dial("--items", "0") and "finite" in dial("--strengths", "nan,1")
+    assert "--bake is 'full'" in dial("--bake", "full") and Path("full/x").read_text() == "mine"
+    assert "merge.linear" in dial("--shape", "nix"), "of the parts those that could stand here are named"
+    assert "no run is in this folder" in refused(capsys, "export", "lab/lm", "--to", "x")
+    shutil.copytree(run, "gone", dirs_exist_ok=True)
+    shutil.rmtree("gone/delta")
+    assert "is missing" in refused(capsys, "dial", "gone") and "is missing" in refused(capsys, "chat", "gone")
+
+
+def test_prompts_and_models_that_cannot_be(capsys):
+    assert "reads at most 512" in refused(capsys, "generate", "lab/lm-small", "--prompt", "a " * 600)
+    assert "UTF-8" in refused(capsys, "generate", "lab/lm-small", "--prompt", "a\udcff")
+    assert "no such folder" in refused(capsys, "merge", "nix1", "nix2", "--out", "x")
+    assert "this is a file" in refused(capsys, "merge", "good.jsonl", "--out", "x")
+    assert "--n is -1" in refused(capsys, "data", "good.jsonl", "--base", "lab/lm-small", "--n", "-1")
+    assert "diagnose.intruder_dimensions" in refused(capsys, "diagnose", "lab/lm-small", "x", "--with", "nix")

@@ -78,7 +78,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError("output folder", str(path), "it is a file; name a folder")
     if not overwrite and path.exists() and any(path.iterdir()):
-        raise UserError("output folder", str(path), "it is not empty; name a new folder or allow overwriting")
+        raise UserError("output folder", str(path), "it is not empty; name a new folder")
     host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
     new = path.parent / f".{path.name}.new-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     for left in path.parent.glob(f".{glob.escape(path.name)}.new-{host}-*"):  # of a process that was killed
@@ -86,6 +86,11 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     try:
         new.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise WorkFailed(f"{path} could not be written: the disk is full; nothing was changed") from error
+        raise UserError("output folder", str(path), f"it cannot be made ({error.strerror}); name another") from None
+    try:
         yield new
         if path.is_dir() and not _exchange(new, path):
             shutil.rmtree(path)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from temperament.bases.kept import kept
 from temperament.bases.load import Base, change, load
 from temperament.delta import Delta, LowRank, between
 from temperament.delta.certificate import certify
+from temperament.delta.files import atomic_folder
 from temperament.delta.peft_write import write_peft
 from temperament.errors import UserError, WorkFailed
 from temperament.nn import draws
@@ -66,6 +66,8 @@ def export(
     """Export a finished run (at a point of its dial, when given); returns the certificate."""
     folder = Path(run)
     finished = Folder(folder).run()
+    if not finished:
+        raise UserError("run", str(run), "no run is in this folder; name the --out of a `temper tune`")
     if finished.get("status") != "done":
         raise UserError("run", str(run), "it is not a finished run; finish it with `temper tune --resume`")
     if "delta" not in finished:
@@ -79,10 +81,16 @@ def export(
     return export_delta(base, delta, Path(to), as_)
 
 
+def free(to: str | Path, field: str = "--to") -> None:
+    """Refuse a folder that holds something, before any work is done for it."""
+    path = Path(to)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(field, str(to), "it exists and is not empty; name a new folder")
+
+
 def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dict[str, Any]:
     """Write base + delta to a new folder and certify it."""
-    if to.exists() and (to.is_file() or any(to.iterdir())):
-        raise UserError("--to", str(to), "it exists and is not empty; name a new folder")
+    free(to)
     if as_ == "delta":
         replace(delta, meta={**delta.meta, "on": base.id}).save(to)
         return certify_and_record(base, delta, to, as_)
@@ -101,18 +109,15 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
         raise UserError(
             "--as", "merged", f"it adds a module ({added[0]}), which merges {delta.merges[added[0]]}; use --as delta"
         )
-    base.reset()
-    base.apply(delta)
-    part = to.with_name(f".{to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    base.model.save_pretrained(part, safe_serialization=True)
-    if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(part)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if to.exists():
-        to.rmdir()
-    part.rename(to)
-    base.reset()
+    with atomic_folder(to) as new:
+        base.reset()
+        base.apply(delta)
+        try:
+            base.model.save_pretrained(new, safe_serialization=True)
+            if base.tokenizer is not None:
+                base.tokenizer.save_pretrained(new)
+        finally:
+            base.reset()
     return certify_and_record(base, delta, to, as_)
 
 

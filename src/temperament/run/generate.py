@@ -47,8 +47,14 @@ def generate(
         top_k=top_k,
         stops=tuple(system.told(s) for s in stop),
     )
+    for text in (m["content"] for p in prompts for m in ([{"content": p}] if isinstance(p, str) else p)):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError("--prompt", text, "it is no UTF-8 text; give it in UTF-8")
     ids = [row for p in prompts for row in [encode(Prompt(system.asked(p)), tokenizer).ids] * n]
+    most = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     for p, row in zip(prompts, ids[::n], strict=True):
+        if most and len(row) >= most:
+            raise UserError("--prompt", p, f"it is {len(row)} tokens long and this model reads at most {most}; shorten it")
         if not row:
             raise UserError("--prompt", p, "it has no tokens and this tokenizer no start token; give some text")
     made = system.generate(ids, sampling)

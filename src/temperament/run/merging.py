@@ -99,6 +99,10 @@ def planned(models: Any, method: Any = "merge.linear", base: str | None = None, 
     if base is None and len(named) > 1:
         mend = "they were tuned from different bases; merge models of one base, or name it with --base"
         raise UserError("models", sorted(named), mend)
+    if lost := next((m for m in models if "/" not in str(m) and not Path(m).exists() and "+" not in str(m)), None):
+        raise UserError("model", str(lost), "no such folder; name a run, an adapter, a delta, a model folder or org/name")
+    if file := next((m for m in models if Path(m).is_file()), None):
+        raise UserError("model", str(file), "this is a file; name a run, an adapter, a delta or a model folder")
     base = base or next(iter(named), None)
     if base is None and built.needs_base:
         raise UserError(

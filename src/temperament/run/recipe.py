@@ -15,6 +15,7 @@ The classes below *are* the schema: their fields, defaults and comments are what
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -205,6 +206,8 @@ class Dial:
 
     def __post_init__(self):
         at_least(self, items=1)
+        if not all(math.isfinite(s) for s in self.strengths):
+            raise ValueError("strengths must be finite")
         for name in self.shape:
             must_be(name, Shape, "evaluation.dial.shape")
 

@@ -67,7 +67,7 @@ def reopen(run: str | Path, device: str = "auto") -> Reopened:
             f"it is {json.get('status', 'unfinished')}; finish it with "
             f"`temper tune {folder / 'recipe.yaml'} --out {folder} --resume`",
         )
-    if not (folder / "delta").is_dir():
+    if kept(folder, "run").delta is None:
         raise UserError("run", str(run), "it changed no weights")
     recipe = schema.read(folder / "recipe.yaml")
     base = load(recipe.base, device=where(device), trust_remote_code=recipe.trust_remote_code, own=True)
