@@ -76,7 +76,7 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     seeds = len(data["finding"]["seeds"])
     say.out.print(
         "[dim]● nothing else gains as much and loses less. Changes in percentage points, "
-        f"mean of {seeds} seed{'s' if seeds > 1 else ''}.[/dim]\n"
+        f"{f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}.[/dim]\n"
     )
     if dial := data.get("dial"):
         best = dial["best"]
