@@ -1,6 +1,6 @@
 """Talk with a model.
 
-    temper chat lab/lm-chat
+    temper chat lab/lm-instruct
     temper chat runs/first --system "Answer in one word."
 
 /exit (or Ctrl-D) ends, /new begins again, /undo takes the last exchange back. In a pipe each line is a message. The model
@@ -16,7 +16,7 @@ from temperament.cli.app import Opt
 from temperament.cli.say import Say
 
 OPTIONS = (
-    Opt("model", "lab/lm-chat, a folder, a Hugging Face id, a run or an adapter", "MODEL"),
+    Opt("model", "lab/lm-instruct, a folder, a Hugging Face id, a run or an adapter", "MODEL"),
     Opt("--system", "system message", "TEXT"),
     Opt("--temperature", "0 takes the likeliest token", "T", float, 0.0),
     Opt("--top-p", "draw from the likeliest tokens that hold this share", "P", float, 1.0),
