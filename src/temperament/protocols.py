@@ -241,7 +241,7 @@ class Diagnosis(Protocol):
 
 
 class Suite(Protocol):
-    """Skills to measure: `skills(ctx) -> list[Skill]`, each with items, a role and `measure(views) -> list[Outcome]`."""
+    """Skills to measure: `skills(ctx) -> list[Skill]`, each with items, a role and `measure(system) -> list[Outcome]` (engine/measure.py)."""
 
     rooms: ClassVar = ("evaluate",)
     must: ClassVar = ("skills",)

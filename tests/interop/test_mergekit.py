@@ -1,6 +1,6 @@
 """Equal to mergekit on random checkpoints: the same YAML to both, outputs compared tensor by tensor.
 
-mergekit is run by the Python that has it: this one, or TEMPER_MERGEKIT_PYTHON=/path/to/python (`make bench` makes one).
+mergekit is run by the Python that has it: this one, or TEMPER_MERGEKIT_PYTHON=/path/to/python.
 """
 # ruff: noqa: E501  (a table reads best with a row a line)
 

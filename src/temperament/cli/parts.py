@@ -15,7 +15,7 @@ from typing import Any
 from temperament.cli.app import Opt
 from temperament.cli.say import Say
 
-OPTIONS = (Opt("--room", "only the parts of one room: select, adapters, objectives, ...", "ROOM"),)
+OPTIONS = (Opt("--room", "only the parts of one room, such as select or objectives.policy", "ROOM"),)
 
 
 def run(a: Any, say: Say) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from temperament.parts import part
 class SCE(Blockwise):
     """Select, calculate, erase: entries on which the models differ most, weighted by each model's energy, of one sign.
 
-        select     of each tensor the entries with the largest variance over the models (density of those that vary); others
-        are 0 calculate  w_i = mean(t_i^2) / sum_j mean(t_j^2) erase      only entries of the sign of sum_i t_i;   W = base +
-        sum_i w_i t_i / sum_i w_i over those left
+        select     of each tensor the entries whose variance over the models is largest (density of those that vary), else 0
+        calculate  w_i = mean(t_i^2) / sum_j mean(t_j^2)
+        erase      only entries of the sign of sum_i t_i;   W = base + sum_i w_i t_i / sum_i w_i over those left
 
     Source: Wan et al. 2024, FuseChat (SCE).
     """
