@@ -162,7 +162,7 @@ def load(spec: str | Path | nn.Module | Base, *, dtype: str = "fp32", device: st
     for module in base.components.values():
         module.to(device).eval()
     if spec.startswith("lab/"):
-        base.suites = ["evaluate.lab"]
+        base.suites = ["evaluate.control" if "policy" in base.components else "evaluate.lab"]
     if folder is not None and (version := spec.partition("@")[2]) and spec.startswith("lab/"):
         _load_version(base, folder / "versions" / version / "model.safetensors")
     return base
@@ -221,6 +221,8 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
             why = f"its weights are a pickle ({pickles[0]}), which is never loaded; convert it to safetensors" if pickles else "it holds no .safetensors weights"
             raise UserError(field, spec, why)
     options = {"trust_remote_code": trust, "local_files_only": folder is not None}
+    if (ours := shell(folder)) is not None:
+        return _own(spec, folder, ours, dtype, field)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         model_class, component = _model_class(config, transformers)
@@ -238,6 +240,22 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
         if folder is not None and (folder / "tokenizer.json").exists():
             raise UserError(field, spec, f"its tokenizer could not be read ({str(problem).strip().splitlines()[0][:160]})") from None
     return Base(spec, {component: model}, processors, folder, _identity(source, folder, component))
+
+
+def shell(folder: Path | None) -> nn.Module | None:
+    """The model of this folder, with weights of no meaning, where it is of an architecture of our own; else None."""
+    from temperament.nn.policy import MODEL_TYPE, Policy
+
+    config = json.loads((folder / "config.json").read_text()) if folder is not None and (folder / "config.json").exists() else {}
+    return Policy.shell(config) if config.get("model_type") == MODEL_TYPE else None
+
+
+def _own(spec: str, folder: Path, model: nn.Module, dtype: str, field: str) -> Base:
+    try:
+        model = type(model).from_pretrained(folder).to(DTYPES[dtype])
+    except Exception as problem:
+        raise UserError(field, spec, f"it could not be loaded ({str(problem).strip().splitlines()[0][:160]})") from None
+    return Base(spec, {"policy": model}, {}, folder, _identity(str(folder), folder, "policy"))
 
 
 def _identity(source: str, folder: Path | None, component: str) -> dict[str, str]:
