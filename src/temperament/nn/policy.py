@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         widths = [config.observations, *[config.width] * config.layers]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.head = nn.Linear(config.width, config.horizon * config.actions)
         self.log_std = nn.Parameter(torch.full((config.actions,), config.log_std))
 
