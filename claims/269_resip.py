@@ -7,7 +7,7 @@ hundred new demonstrations. Each at its own best rate, over the better of the tw
 
 from temperament.run.claims import Claim
 
-RATES = {"residual": [1e-3, 2e-3], "policy": [1e-4, 3e-4, 1e-3], "cloning": [1e-4, 1e-3]}
+RATES = {"residual": [1e-3, 2e-3], "policy": [3e-4, 1e-3, 3e-3], "cloning": [1e-4, 1e-3]}
 EPISODES, STEPS = 128, 60
 PPO = {"objectives.policy.ppo": {"beta": 0.0, "gamma": 0.99, "lam": 0.95, "epochs": 8, "minibatches": 4, "whiten": True}}
 CRITIC = {

@@ -249,7 +249,9 @@ class Suite(Protocol):
 
 
 class Study(Protocol):
-    """A protocol over many runs: `plan(ctx) -> recipes`, `read(runs) -> finding`."""
+    """A protocol over many runs: `plan(recipe, done) -> (address, recipe)` of each in order, where `done` fills as they end; `read(runs) ->
+    finding`, of their numbers by address (run/study.py, `summary`). Optional: `compared(finding)` and `frontier(finding)`, what the report
+    draws; `chosen(finding, runs) -> address`, the run that is shown item by item."""
 
     rooms: ClassVar = ("studies",)
     must: ClassVar = ("plan", "read")

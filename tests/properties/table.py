@@ -81,6 +81,7 @@ TABLE: dict[str, list[dict]] = {
     "evaluate.control": [{"target": "insert"}, {"retained": ["lift"], "items": 3}],
     "evaluate.file": [{"data": {"data.file": {"path": "FILE"}}}],
     "evaluate.keep": [{"items": 4, "length": 5}],
+    "studies.budget": [{"budgets": [16, 64]}, {"budgets": [30.5], "shares": [0.0, 1.0], "cost_pref": 2.0, "seeds": [0, 1]}],
     "studies.compare": [{"arms": {"half": {"trainable": ["select.half"]}}, "seeds": [0, 1]}],
 }
 

@@ -27,6 +27,7 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "runs").is_dir():
         raise UserError("--out", str(out), "the folder holds other files; name a new one")
+    recipe = replace(recipe, study=study)
     base, done, left, folders = load(recipe.base, dtype=recipe.precision.master), {}, {}, {}
     for number, (where, planned) in enumerate(study.plan(recipe, done)):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None)) + "-" + address(planned.plain())[:8]
@@ -45,14 +46,13 @@ def carry_out(study: Any, recipe: Recipe, out: str | Path, tell: Callable[..., N
     finding = study.read(done)
     json = {"status": "done", "kind": "study", "base": {"id": recipe.base, "sha256": dict(base.sha256)}, "finding": finding, "environment": environment()}
     json["runs"] = {"/".join(str(w) for w in where if w is not None): {"folder": str(f.relative_to(out)), **done[where]} for where, f in folders.items()}
-    if hasattr(study, "compared"):
-        json["compare"] = study.compared(finding)
+    json |= {key: getattr(study, how)(finding) for key, how in (("compare", "compared"), ("frontier", "frontier")) if hasattr(study, how)}
     chosen = study.chosen(finding, done) if hasattr(study, "chosen") else None
     if chosen is not None:
         json["ledger"], json["chosen"] = left[chosen]["ledger"], "/".join(str(w) for w in chosen if w is not None)
         shutil.copyfile(folders[chosen] / "items.json", out / "items.json")
         if recipe.evaluation.dial:
-            tell("phase", name="dial", text=f"sweeping the strength of {chosen[0]}")
+            tell("phase", name="dial", text=f"sweeping the strength of {json['chosen']}")
             json["dial"] = dial_of(recipe, base, folders[chosen], tell)
     write_atomic(out / "recipe.yaml", recipe.yaml())
     write_atomic(out / "run.json", dumps(json, indent=1, default=str))

@@ -63,7 +63,7 @@ class Compare:
                 train = replace(step.train, trainable=list(arm.trainable), optimizer=replace(step.train.optimizer, lr=_as_rate(step.train.optimizer.lr, lr)))
                 step = replace(step, train=train)
             steps.append(step)
-        return replace(recipe, steps=steps, seed=seed)
+        return replace(recipe, steps=steps, seed=seed, study=None)
 
     def read(self, runs: dict[tuple, Any]) -> dict[str, Any]:
         """arm -> gain, loss and their intervals over seeds. Only the chosen rate of an arm is read."""
