@@ -77,6 +77,8 @@ def export(run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "d
 
 def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dict[str, Any]:
     """Write base + delta to a new folder and certify it."""
+    if base.tokenizer is None and not hasattr(getattr(base.model, "config", None), "vocab_size"):
+        raise UserError("run", base.id, "only language models can be reloaded and compared; the change itself lies in the run's folder delta/")
     if to.exists() and (to.is_file() or any(to.iterdir())):
         raise UserError("--to", str(to), "it exists and is not empty; name a new folder")
     if as_ == "delta":

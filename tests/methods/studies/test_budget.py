@@ -55,6 +55,8 @@ def test_the_ends_are_the_plain_methods():
     alone["steps"] = [{"name": "sft", "train": {**SFT, "source": {"data.lab": {"skills": ["shift"], "rows": 20}}}}]
     assert plain(planned["20 at 0", 3]) == replace(read(alone), seed=3)
     assert all(r.study is None and r.seed == k[1] for k, r in planned.items())
+    quiet = read({**RECIPE, "steps": [{**s, "ledger": False} for s in RECIPE["steps"]], "study": {"studies.budget": {"budgets": [8], "shares": [0.0, 0.5]}}})
+    assert [[s.ledger for s in r.steps] for _, r in quiet.study.plan(quiet, {})] == [[True], [False, True]]  # its end is always measured
     few = read({**RECIPE, "study": {"studies.budget": {"budgets": [4], "shares": [0.0, 0.1, 0.2, 0.5]}}})
     assert [k for k, _ in few.study.plan(few, {})] == [("4 at 0", 0), ("4 at 0.5", 0)]  # shares that buy the same rows are one run
 

@@ -124,6 +124,7 @@ def variant(recipe: Any, split: Split, taught: str, preferred: str, seed: int) -
         if step.start in rows and rows[step.start] == 0:
             step = replace(step, start="previous")
         steps.append(step)
+    steps[-1] = replace(steps[-1], ledger=True)  # where it ends is measured, whichever step that is
     return replace(recipe, steps=steps, seed=seed, study=None)
 
 
