@@ -14,6 +14,7 @@ test: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bases: $(VENV)/.test
+	$(BIN)/python -m temperament.bases.train_policy
 	$(BIN)/python -m temperament.bases.train_lm tokenizer
 	for base in lm lm-small lm-instruct lm-large; do \
 	  $(BIN)/python -m temperament.bases.train_lm $$base --work runs/bases --resume && \

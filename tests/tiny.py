@@ -10,7 +10,8 @@ from torch import Tensor
 
 from temperament import parts
 from temperament.bases.load import Base
-from temperament.nn.batch import Pairs, Rollout, Tokens
+from temperament.nn.batch import Pairs, Rollout, Steps, Tokens
+from temperament.nn.policy import Policy, PolicyConfig
 from temperament.protocols import Progress
 from temperament.train.context import Context
 from temperament.train.live import Live
@@ -80,7 +81,21 @@ def rollout(rows: int = 8, group: int = 4) -> Rollout:
     return Rollout(t, behaviour, torch.randn(rows, generator=r), torch.arange(rows) // group)
 
 
-BATCHES = {"Tokens": tokens, "Pairs": pairs, "Rollout": rollout}
+def policy() -> Base:
+    """A policy of random weights in a world of its own: 6 numbers seen, 2 done, 3 steps a plan."""
+    torch.manual_seed(seed())
+    return Base("tiny/policy", {"policy": Policy(PolicyConfig("none", 6, 2, 3, 3, 16, 2)).eval()})
+
+
+def steps(rows: int = 5, length: int = 9) -> Steps:
+    """Episodes of random lengths, whose decisions are plans."""
+    r = rng()
+    n = torch.randint(1, length + 1, (rows, 1), generator=r)
+    n[0] = length
+    return Steps(torch.randn(rows, length, 6, generator=r), torch.randn(rows, length, 6, generator=r), (torch.arange(length) < n).float())
+
+
+BATCHES = {"Tokens": tokens, "Pairs": pairs, "Rollout": rollout, "Steps": steps}
 
 
 def views(it: Live, micro: int = 8) -> Views:

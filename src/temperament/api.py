@@ -177,20 +177,23 @@ def look(
 
 def compare(
     recipe: RecipeLike,
-    methods: Sequence[Any],
+    methods: Sequence[Any] = (),
     *,
     seeds: Sequence[int] = (0,),
     out: str | Path | None = None,
     overrides: Iterable[str] = (),
     tell: Tell = silent,
 ) -> dict[str, Any]:
-    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost. Finished runs are kept."""
+    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost; or, none named, carry out the recipe's own
+    `study`. Finished runs are kept."""
     from temperament.methods.studies.compare import Compare, arms_of
     from temperament.run.artefacts import address
     from temperament.run.study import carry_out as study
 
     spec = schema.read(recipe, overrides)
-    planned = Compare(arms_of(list(methods)), list(seeds))
+    if not methods and spec.study is None:
+        raise UserError("--methods", None, "name what is compared, e.g. select.full,adapters.lora; or give the recipe a `study`")
+    planned = Compare(arms_of(list(methods)), list(seeds)) if methods else spec.study
     out = Path(out) if out is not None else Path("runs") / f"compare-{address(spec.plain(), list(methods), list(seeds))[:12]}"
     finding = study(planned, spec, out, tell)
     _drawn(out, tell)

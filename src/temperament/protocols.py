@@ -166,7 +166,8 @@ class Optimizer(Protocol):
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
     batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream: `steps_per_epoch`,
-    `feedback(batches, row) -> more of the row` (what the log shall say), `state_dict() -> {"tensors": ..., "json": ...}` and
+    `feedback(batches, row) -> more of the row` (what the log shall say), `largest()`, the largest batch it can give, with values of no
+    meaning (for the plan, where making a real one would take the model), `state_dict() -> {"tensors": ..., "json": ...}` and
     `load_state_dict` (only for what is not a function of the step: a buffer, texts sampled earlier). A part that reads numbers anew
     at each step names them: `scheduled: ClassVar = ("temperature",)`."""
 
@@ -248,7 +249,9 @@ class Suite(Protocol):
 
 
 class Study(Protocol):
-    """A protocol over many runs: `plan(ctx) -> recipes`, `read(runs) -> finding`."""
+    """A protocol over many runs: `plan(recipe, done) -> (address, recipe)` of each in order, where `done` fills as they end; `read(runs) ->
+    finding`, of their numbers by address (run/study.py, `summary`). Optional: `compared(finding)` and `frontier(finding)`, what the report
+    draws; `chosen(finding, runs) -> address`, the run that is shown item by item."""
 
     rooms: ClassVar = ("studies",)
     must: ClassVar = ("plan", "read")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from properties.table import variants
-from tiny import BATCHES, gradients, live, pairs, plain_label, plain_logp, rng, rollout, shake, tiny, tokens, views
+from tiny import BATCHES, gradients, live, pairs, plain_label, plain_logp, policy, rng, rollout, shake, tiny, tokens, views
 
 from temperament import parts, protocols
 from temperament.nn.batch import Tokens
@@ -22,6 +22,11 @@ def it():
     return shake(live(tiny(MODEL), {"adapters.lora": {"rank": 3}}))
 
 
+def subject(it, part):
+    """What is trained on such batches: a language model, or a policy."""
+    return shake(live(policy())) if getattr(part, "batch", ())[:1] == ("Steps",) else it
+
+
 def close(a: dict, b: dict, rtol=1e-5) -> bool:
     size = math.sqrt(sum(float(v.norm()) ** 2 for v in a.values()))
     return math.sqrt(sum(float((a[n] - b[n]).norm()) ** 2 for n in a)) <= rtol * size + 1e-9 and size > 0
@@ -32,6 +37,7 @@ def test_any_split_gives_the_same_loss_and_gradient(it, name, options):
     part = parts.build({name: options})
     objective = part if name.startswith("objectives") else parts.build("objectives.sft.cross_entropy")
     regularizers = [] if part is objective else [part]
+    it = subject(it, part)
     whole = BATCHES[objective.batch[0]](8)
     g1, got1 = gradients(it, objective, whole, 8, regularizers)
     for micro in (1, 3):
@@ -48,7 +54,7 @@ def test_counts_are_known_before_and_add_up(it, name, options):
     part = parts.build({name: options})
     if getattr(part, "per", "") == "step":
         pytest.skip("counted once a step")
-    whole = BATCHES[getattr(part, "batch", ("Tokens",))[0]](7)
+    it, whole = subject(it, part), BATCHES[getattr(part, "batch", ("Tokens",))[0]](7)
     if hasattr(part, "prepare"):
         whole = part.prepare(whole, views(it))
     counts, sums = part.counts(whole), {}
@@ -101,6 +107,17 @@ def test_cross_entropy_is_the_loss_and_gradient_of_transformers():
     ours, got = gradients(it, parts.build("objectives.sft.cross_entropy"), whole, 2)
     assert got.loss == pytest.approx(float(want.detach()), rel=1e-5)
     assert close(dict(zip(it.params, theirs, strict=True)), ours)
+
+
+def test_behaviour_cloning_is_half_the_square():
+    it, part, batch = shake(live(policy())), parts.build("objectives.sft.behaviour_cloning"), BATCHES["Steps"](4)
+    got, out = gradients(it, part, batch, 2)
+    w = batch.weights
+    loss = ((it.model(batch.observations).mean - batch.decisions).square().sum(-1) / 2 * w).sum() / w.sum()
+    names = [n for n in it.params if "log_std" not in n]
+    theirs = torch.autograd.grad(loss, [it.params[n].tensor for n in names])
+    assert out.loss == pytest.approx(float(loss.detach()), rel=1e-5) and close(dict(zip(names, theirs, strict=True)), {n: got[n] for n in names})
+    assert got["policy/log_std"].abs().max() == 0
 
 
 # ---- preferences ------------------------------------------------------------------------------------------------------------

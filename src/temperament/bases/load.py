@@ -12,6 +12,7 @@ weights of training); nothing but safetensors is read, and remote code stays off
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -180,7 +181,7 @@ def load(
     for module in base.components.values():
         module.to(device).eval()
     if spec.startswith("lab/"):
-        base.suites = ["evaluate.lab"]
+        base.suites = ["evaluate.control" if "policy" in base.components else "evaluate.lab"]
     if version:
         _load_version(base, folder / "versions" / version / "model.safetensors")
         base = _own(base, spec, dtype, field)
@@ -254,6 +255,8 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
             why = f"its weights are a pickle ({pickles[0]}), which is never loaded; convert it to safetensors" if pickles else "it holds no .safetensors weights"
             raise UserError(field, spec, why)
     options = {"trust_remote_code": trust, "local_files_only": folder is not None}
+    if (ours := shell(folder)) is not None:
+        return _of_ours(spec, folder, ours, dtype, field)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         model_class, component = _model_class(config, transformers)
@@ -295,6 +298,22 @@ def _reachable(device: Any) -> None:
     except (RuntimeError, AssertionError):
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError("device", str(device), f"this machine has no such device; use auto or one of {', '.join(found)}") from None
+
+
+def shell(folder: Path | None) -> nn.Module | None:
+    """The model of this folder, with weights of no meaning, where it is of an architecture of our own; else None."""
+    from temperament.nn.policy import MODEL_TYPE, Policy
+
+    config = json.loads((folder / "config.json").read_text()) if folder is not None and (folder / "config.json").exists() else {}
+    return Policy.shell(config) if config.get("model_type") == MODEL_TYPE else None
+
+
+def _of_ours(spec: str, folder: Path, model: nn.Module, dtype: str, field: str) -> Base:
+    try:
+        model = type(model).from_pretrained(folder).to(DTYPES[dtype])
+    except Exception as problem:
+        raise UserError(field, spec, f"it could not be loaded ({str(problem).strip().splitlines()[0][:160]})") from None
+    return Base(spec, {"policy": model}, {}, folder, _identity(str(folder), folder, "policy"))
 
 
 def _identity(source: str, folder: Path | None, component: str) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Train several methods to the same gain and compare what each one lost.
+"""Train several methods to the same gain and compare what each one lost; or carry out the study a recipe describes.
 
     temper compare recipe.yaml --methods select.full,select.half,adapters.lora
     temper compare recipe.yaml --methods select.full,adapters.lora --seeds 0,1,2 --out runs/compare
+    temper compare recipes/budget.yaml
 
 Every method runs the recipe with its own learning rate and stops at the same level of the target: give the recipe's train
 step a `stop`, e.g. stop: {skill: target, reach: 0.9}, or --reach. Finished runs are not run again, so methods and seeds
@@ -17,7 +18,7 @@ from temperament.cli.say import Say
 
 OPTIONS = (
     Opt("recipe", "a recipe with one or more train steps", "RECIPE"),
-    Opt("--methods", "what is trained, separated by commas: parts of the rooms select and adapters", "A,B,..."),
+    Opt("--methods", "what is trained, separated by commas: parts of the rooms select and adapters", "A,B,...", shown="the recipe's study"),
     Opt("--seeds", "seeds, separated by commas", "0,1,...", default="0"),
     Opt("--reach", "stop every method once the target is at least this (0 to 1)", "LEVEL", float, shown="the recipe's stop"),
     Opt("--out", "folder of all runs and the finding", "DIR", shown="runs/compare- and the recipe's address"),
@@ -28,13 +29,11 @@ OPTIONS = (
 
 def run(a: Any, say: Say) -> dict[str, Any]:
     from temperament import api
-    from temperament.cli.app import need
     from temperament.cli.live import Live
     from temperament.errors import UserError
     from temperament.run import recipe as schema
 
-    need("compare", a, "methods")
-    methods = [m.strip() for m in a.methods.split(",") if m.strip()]
+    methods = [m.strip() for m in (a.methods or "").split(",") if m.strip()]
     try:
         seeds = [int(s) for s in a.seeds.split(",") if s.strip()]
     except ValueError:
@@ -55,6 +54,8 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from temperament.cli.views import duration, percent, place, signed
 
     say.out.print()
+    if "arms" not in data["finding"]:
+        return frontier(data, say)
     rows, arms = [], data["finding"]["arms"]
     for arm in arms:
         mark = "●" if arm["front"] else " "
@@ -87,6 +88,18 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
             f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points.\n",
             highlight=False,
         )
+    place("runs", data["out"], say)
+    place("report", f"{data['out']}/report.html", say)
+
+
+def frontier(data: dict[str, Any], say: Say) -> None:
+    """A study that draws a frontier: its best points, and its advice."""
+    from temperament.cli.views import percent, place
+
+    found = data.get("frontier") or {}
+    rows = [[r["budget"], r["best"], r["rows"], percent(r["target"])] for r in found.get("best", ())]
+    say.table(["budget", "best share", "demonstrations + preferences", "target"], rows, right=(0, 1, 2, 3))
+    say.out.print(f"{found.get('said', '')}\n", highlight=False)
     place("runs", data["out"], say)
     place("report", f"{data['out']}/report.html", say)
 

@@ -72,7 +72,7 @@ class Live(AbstractContextManager):
         self.base = {}
         self.line("", "")
         self.line(
-            "method",
+            "run",
             " ".join([name, *(f"{k} {v}" for k, v in zip(("seed", "rate"), list(where)[1:], strict=False) if v is not None)]),
         )
 

@@ -5,16 +5,20 @@ field is aligned, one generic `select` gives splitting into micro-batches, shard
 kinds; no kind writes its own. A field that is not row-aligned has no place in a batch (put it in the objective).
 
     Tokens      rows of token ids, with a loss weight for each token
+    Steps       rows of decisions in a world: what was seen, what was decided
     Pairs       a preferred and a rejected response to one prompt
     Labelled    one response with a desirable / undesirable label
-    Rollout     sampled responses with advantages and the log-probs they were sampled with
+    Rollout     sampled responses or episodes with advantages and the log-probs they were sampled with
+
+What runs along time (`Tokens`, `Steps`) says itself how likely a model finds it (`logp`) and what a critic may read of it (`states`), so
+that an objective of sampled behaviour is one formula for words and for motions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -64,7 +68,39 @@ class Batch:
 
 
 @dataclass
-class Tokens(Batch):
+class Timed(Batch):
+    """Rows that run along time: every tensor begins with (rows, T); `weights` (rows, T) says what counts, and how much."""
+
+    @property
+    def trained(self) -> float:
+        """Sum of the loss weights: the count of a loss averaged over time."""
+        return float(self.weights.sum())
+
+    @property
+    def mask(self) -> Tensor:
+        """(rows, T) bool: true where there is something."""
+        return self.weights != 0
+
+    def trim(self) -> Self:
+        """Without columns that are padding in every row."""
+        length = max(int(self.mask.any(0).nonzero().max()) + 1, 1) if self.mask.any() else 1
+        return replace(self, **{f.name: v[:, :length] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
+
+    def per_example(self) -> Self:
+        """Weights divided by their sum over each row, so that every row has weight 1 in all."""
+        return replace(self, weights=self.weights / self.weights.sum(1, keepdim=True).clamp(min=1e-12))
+
+    def logp(self, model: Any) -> Tensor:
+        """(rows, T): log-prob of what was done at each time, nats."""
+        raise NotImplementedError
+
+    def states(self, model: Any) -> Tensor:
+        """(rows, T, width): what is known before each time, for heads (`nn/heads.py`)."""
+        raise NotImplementedError
+
+
+@dataclass
+class Tokens(Timed):
     """ids (rows, T) right-padded; weights (rows, T) float: the loss weight of *predicting* the token at that position (0 on
     prompts and padding; never on the first token of a document). segments (rows, T): -1 on padding, else the number of
     the document inside its row (all 0 when rows are not packed). examples (rows, T): id of the example a token came from, -1 on padding;
@@ -95,10 +131,15 @@ class Tokens(Batch):
         start = torch.where(new, t, torch.zeros_like(t)).cummax(dim=1).values
         return torch.where(self.mask, t - start, torch.zeros_like(t))
 
-    @property
-    def trained(self) -> float:
-        """Sum of the loss weights: the count of a token-averaged loss."""
-        return float(self.weights.sum())
+    def logp(self, model: Any) -> Tensor:
+        from temperament.nn.logprobs import label, score
+
+        return score(model, self, label())["label"]
+
+    def states(self, model: Any) -> Tensor:
+        from temperament.nn.heads import states
+
+        return states(model, self)
 
     def per_example(self) -> Tokens:
         """Weights divided by their sum over each document, so that every example has weight 1 in all."""
@@ -109,11 +150,30 @@ class Tokens(Batch):
             weights += torch.where(inside, self.weights / total.clamp(min=1e-12), 0.0) * (total > 0)
         return replace(self, weights=weights)
 
-    def trim(self) -> Tokens:
-        """Without columns that are padding in every row."""
-        length = max(int(self.mask.any(0).nonzero().max()) + 1, 1) if self.mask.any() else 1
-        cut = lambda t: t[:, :length]
-        return replace(self, ids=cut(self.ids), weights=cut(self.weights), segments=cut(self.segments), examples=cut(self.examples))
+
+@dataclass
+class Steps(Timed):
+    """Decisions in a world (nn/policy.py). observations (rows, T, seen); decisions (rows, T, k): what was decided then, a chunk of actions or
+    a correction of the action that was planned; weights (rows, T): 1 while the episode lasts. planned (rows, T, acts): the action that was
+    planned for that moment, where decisions correct a plan.
+    """
+
+    observations: Tensor
+    decisions: Tensor
+    weights: Tensor
+    planned: Tensor | None = None
+
+    def logp(self, model: Any) -> Tensor:
+        return model(self.observations, self.planned).logp(self.decisions)
+
+    def states(self, model: Any) -> Tensor:
+        """What is seen and what is planned, side by side; zeros where nothing is."""
+        from temperament.nn.forward import module_of
+
+        planned = self.planned
+        if planned is None:
+            planned = self.observations.new_zeros(*self.observations.shape[:-1], module_of(model).config.actions)
+        return torch.cat([self.observations, planned], -1) * self.mask[..., None]
 
 
 @dataclass
@@ -134,13 +194,13 @@ class Labelled(Batch):
 
 @dataclass
 class Rollout(Batch):
-    """tokens.weights is 1 on sampled tokens (not on prompts, forced or tool tokens). behaviour (rows, T): log-prob of each token under
-    the policy that sampled it. rewards (rows,). group (rows,): which prompt. Filled in by the objective: advantages (rows, T) or (rows, 1),
-    reference (rows, T): log-probs under the reference version;
-    values, returns (rows, T): what a critic said before it is trained, and what it should have said.
+    """tokens: what was sampled, words or decisions; its weights are 1 there (not on prompts, forced or tool tokens, nor after an episode's
+    end). behaviour (rows, T): log-prob of each under the policy that sampled it. rewards (rows,), of the whole; or (rows, T), as they
+    came. group (rows,): which prompt or start. Filled in by the objective: advantages (rows, T) or (rows, 1), reference (rows, T): log-probs
+    under the reference version; values, returns (rows, T): what a critic said before it is trained, and what it should have said.
     """
 
-    tokens: Tokens
+    tokens: Timed
     behaviour: Tensor
     rewards: Tensor
     group: Tensor
@@ -148,3 +208,8 @@ class Rollout(Batch):
     reference: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """(rows,): the reward of the whole row."""
+        return self.rewards if self.rewards.dim() == 1 else self.rewards.sum(1)

@@ -1,6 +1,8 @@
 """Hidden states for heads that read a language model beside its own output head: values, rewards, correctness of a step.
 
     states(model, tokens) -> (rows, T, width)       at t the last hidden state from which ids[t] is predicted: the state *before* token t
+
+A policy's heads read what it sees and plans (`nn/batch.py`, Steps); `tokens.states(model)` is the one call for both.
 """
 
 from __future__ import annotations
@@ -14,6 +16,17 @@ from temperament.errors import UserError
 from temperament.nn import forward
 from temperament.nn.batch import Tokens
 from temperament.nn.forward import Model
+
+
+def width(model: Model) -> int:
+    """How wide the states of this model are. Raises UserError where there is nothing for a head to read."""
+    module = forward.module_of(model)
+    own = getattr(getattr(module, "config", None), "features", None)
+    if isinstance(own, int):
+        return own
+    if forward.head_of(model) is None:
+        raise UserError("head", type(module).__name__, "this base has no output head to stand beside; use a language model or a policy")
+    return module.config.get_text_config().hidden_size
 
 
 def states(model: Model, tokens: Tokens, given: dict[str, Any] | Tokens | None = None) -> Tensor:

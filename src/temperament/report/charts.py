@@ -234,6 +234,25 @@ def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
     }
 
 
+def frontier(f: Any, most: int = 8) -> dict[str, Any] | None:
+    """A study's lines - a level over what was varied, one line a budget - and the best point of each."""
+    lines = [x for x in (f or {}).get("lines") or [] if isinstance(x, Mapping)][:most]
+    points = lambda x: [(a, b) for a, b in zip(x.get("x") or [], x.get("y") or [], strict=False) if is_number(a) and is_number(b)]
+    series = [Series(show.name(x.get("name", "?")), *map(list, zip(*points(x), strict=True))) for x in lines if points(x)]
+    if not series:
+        return None
+    label = "; ".join(f"{s.name}: " + ", ".join(f"{show.digits(a)}: {show.level(b)}" for a, b in zip(s.x, s.y, strict=True)) for s in series)
+    chart = svg.lines(series, label, percent=True, y_range=(-0.02, 1.04), x_label=show.clip(f.get("x_label"), 60), width=460, height=280)
+    rows = [{"budget": show.name(r.get("budget", "")), "best": show.name(r.get("best", "")), "rows": show.name(r.get("rows", "")),
+             "target": show.level(r.get("target")), "ci": _levels(r.get("ci95"))} for r in f.get("best") or [] if isinstance(r, Mapping)]  # fmt: skip
+    legend = [{"name": s.name, "style": f"s{i % 8}", "last": ""} for i, s in enumerate(series)]
+    return {"title": show.clip(f.get("title"), 80), "chart": chart, "legend": legend, "rows": rows, "said": show.clip(f.get("said"), 600)}
+
+
+def _levels(ci: Any) -> str:
+    return f"{show.level(ci[0])} to {show.level(ci[1])}" if ci and all(map(is_number, ci)) else ""
+
+
 def _method(point: Mapping[str, Any]) -> str:
     return show.name(point.get("method", "?"))
 

@@ -7,6 +7,7 @@
     dial         {"points": [{"strength", "target", "retained", "skills": {name: level}}], "best": {...}, "budget": points}
     compare      {"points": [{"method", "seed", "gain", "loss", "seconds", "peak_bytes", "parameters"}], "note"};
                  gain and loss are shares, loss >= 0
+    frontier     {"lines": [{"name", "x", "y"}], "x_label", "best": [{"budget", "best", "rows", "target", "ci95"}], "said", "title"}; y shares
     weights      {"cells": [{"layer", "kind", "relative", "rank", "intruders"}]}
     plan         {"predicted": {"peak_bytes", "seconds", "disk_bytes"}, "actual": {...}, "floor": {...}}; actual also in "cost"
     images       {"items": [{"prompt", "before": data URI, "after": data URI, "status"}]}
@@ -92,10 +93,12 @@ def _page(run: Mapping[str, Any], share: float) -> str:
             return otherwise
 
     compared = drawn("compare", charts.compare, run.get("compare"))
-    said = run.get("verdict") or ledger.get("verdict") or (compared or {}).get("said")
+    front = drawn("frontier", charts.frontier, run.get("frontier"))
+    said = run.get("verdict") or (front or {}).get("said") or ledger.get("verdict") or (compared or {}).get("said")
     style, script = stylesheet() + _asset("style.css"), _asset("report.js")
     sections = {
         "compare": compared,
+        "frontier": front,
         "skills": drawn("skills", views.skills, ledger),
         "headline": drawn("headline", views.headline, ledger, otherwise=[]),
         "matrix": drawn("matrix", views.matrix, ledger.get("matrix")),

@@ -26,8 +26,7 @@ from torch import nn
 from temperament import parts
 from temperament.bases.load import Base
 from temperament.errors import TemperError, UserError
-from temperament.nn import logprobs
-from temperament.nn.batch import Batch, Rollout
+from temperament.nn.batch import Batch, Rollout, Tokens
 from temperament.protocols import Progress
 from temperament.run import laws
 from temperament.run.laws import Law
@@ -151,12 +150,13 @@ def _player_laws(
 def _unlike(rows: Rollout, player: Player) -> Rollout:
     """One group of responses that differ, half of them rewarded, sampled by a policy near this one: a sure policy samples the
     same again and again, and responses that are alike cancel, which would leave no gradient to compare."""
-    first = (rows.tokens.weights != 0).float().cumsum(1).eq(1) & (rows.tokens.weights != 0)
     odd = torch.arange(len(rows))[:, None] % 2 == 1
-    ids = torch.where(first & odd, torch.where(rows.tokens.ids > 0, rows.tokens.ids - 1, 1), rows.tokens.ids)
-    rows = replace(rows, tokens=replace(rows.tokens, ids=ids), group=torch.zeros(len(rows), dtype=torch.long))
-    rows = replace(rows, rewards=odd[:, 0].float())
-    near = player.views.precompute("live", rows, lambda model, r: logprobs.score(model, r.tokens)["label"])
+    if isinstance(rows.tokens, Tokens):
+        first = (rows.tokens.weights != 0).float().cumsum(1).eq(1) & (rows.tokens.weights != 0)
+        ids = torch.where(first & odd, torch.where(rows.tokens.ids > 0, rows.tokens.ids - 1, 1), rows.tokens.ids)
+        rows = replace(rows, tokens=replace(rows.tokens, ids=ids))
+    rows = replace(rows, group=torch.zeros(len(rows), dtype=torch.long), rewards=odd[:, 0].float())
+    near = player.views.precompute("live", rows, lambda model, r: r.tokens.logp(model))
     return replace(rows, behaviour=near - 0.05)
 
 

@@ -91,6 +91,9 @@ def free(to: str | Path, field: str = "--to") -> None:
 def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dict[str, Any]:
     """Write base + delta to a new folder and certify it."""
     free(to)
+    if base.tokenizer is None and not hasattr(getattr(base.model, "config", None), "vocab_size"):
+        mend = "only language models can be reloaded and compared; the change itself lies in the run's folder delta/"
+        raise UserError("run", base.id, mend)
     if as_ == "delta":
         replace(delta, meta={**delta.meta, "on": base.id}).save(to)
         return certify_and_record(base, delta, to, as_)

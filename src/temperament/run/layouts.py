@@ -1,5 +1,5 @@
 """The same rows, laid out otherwise: what must not change a gradient. Any kind of batch; fields aligned with
-the columns of its tokens (log-probs of a rollout) go with them.
+the columns of its tokens (log-probs of a rollout) go with them, and so do those of steps in a world.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from temperament.nn.batch import Batch, Tokens
+from temperament.nn.batch import Batch, Timed, Tokens
 
 
 def token_fields(batch: Batch) -> list[Tokens]:
@@ -33,7 +33,7 @@ def few(batch: Batch, n: int = 4) -> Batch:
 
 def trimmed(batch: Batch) -> Batch:
     """Without columns that are padding in every row, also in what is aligned with them."""
-    return _columns(batch, lambda t: t.trim().ids.shape[1] - t.ids.shape[1])
+    return _columns(batch, lambda t: t.trim().weights.shape[1] - t.weights.shape[1])
 
 
 def padded(batch: Batch, more: int) -> Batch:
@@ -41,16 +41,16 @@ def padded(batch: Batch, more: int) -> Batch:
     return _columns(batch, lambda t: more)
 
 
-def _columns(batch: Batch, change: Callable[[Tokens], int]) -> Batch:
+def _columns(batch: Batch, change: Callable[[Timed], int]) -> Batch:
     new: dict[str, Any] = {}
-    own = [batch] if isinstance(batch, Tokens) else []
+    own = [batch] if isinstance(batch, Timed) else []
     for f in fields(batch):
         v = getattr(batch, f.name)
         if isinstance(v, Batch):
             new[f.name] = _columns(v, change)
-            own += [v] if isinstance(v, Tokens) else []
+            own += [v] if isinstance(v, Timed) else []
     if own:
-        length, by = own[0].ids.shape[1], change(own[0])
+        length, by = own[0].weights.shape[1], change(own[0])
         for f in fields(batch):
             v = getattr(batch, f.name)
             if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == length and length > 1:

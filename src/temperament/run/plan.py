@@ -129,8 +129,12 @@ def shapes(recipe: Recipe) -> Base:
     """The base a recipe names, from its configuration alone: no weights are read, so any size can be planned anywhere."""
     import transformers
 
-    from temperament.bases.load import DTYPES, _model_class, locate
+    from temperament.bases.load import DTYPES, _model_class, locate, shell
 
+    with META:
+        ours = shell(locate(recipe.base))
+    if ours is not None:
+        return Base(recipe.base, {"policy": ours.to(DTYPES[recipe.precision.master]).eval()}, sha256={"policy": "shapes"})
     source = str(locate(recipe.base) or recipe.base)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
     kind, component = _model_class(config, transformers)
@@ -235,7 +239,9 @@ def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
         steps = steps_of(spec, stream)
     except (TemperError, AttributeError, TypeError) as problem:
         assumed, steps = f"rows of 512 tokens ({problem})", spec.steps or 1000
-    if stream is not None and online(spec.source):
+    if stream is not None and hasattr(stream, "largest"):
+        batches = [stream.largest()]
+    elif stream is not None and online(spec.source):
         batches = [_sampled(spec, stream, ctx)]
     elif stream is not None:
         began = time.perf_counter()

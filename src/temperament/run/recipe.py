@@ -38,6 +38,7 @@ from temperament.protocols import (
     Regularizer,
     Shape,
     Source,
+    Study,
     Suite,
     Trainable,  # fmt: skip
 )
@@ -241,6 +242,7 @@ class Recipe:
     device: str = "auto"  # auto, cpu, cuda
     trust_remote_code: bool = False  # run Python that comes with a model folder: only if you trust it
     check: bool = True  # the exactness check before training
+    study: Study | None = None  # many runs of this recipe under one protocol: carried out by `temper compare`
     log_with: str | None = None  # tracker by Accelerate: tensorboard, wandb, mlflow, ...
 
     def plain(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def carry_out(
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "runs").is_dir():
         raise UserError("--out", str(out), "the folder holds other files; name a new one")
+    recipe = replace(recipe, study=study)
     base, done, left, folders = load(recipe.base, dtype=recipe.precision.master, own=True), {}, {}, {}
     for number, (where, planned) in enumerate(study.plan(recipe, done)):
         name = (
@@ -64,14 +65,15 @@ def carry_out(
         "/".join(str(w) for w in where if w is not None): {"folder": str(f.relative_to(out)), **done[where]}
         for where, f in folders.items()
     }
-    if hasattr(study, "compared"):
-        json["compare"] = study.compared(finding)
+    for key, how in (("compare", "compared"), ("frontier", "frontier")):
+        if hasattr(study, how):
+            json[key] = getattr(study, how)(finding)
     chosen = study.chosen(finding, done) if hasattr(study, "chosen") else None
     if chosen is not None:
         json["ledger"], json["chosen"] = left[chosen]["ledger"], "/".join(str(w) for w in chosen if w is not None)
         shutil.copyfile(folders[chosen] / "items.json", out / "items.json")
         if recipe.evaluation.dial:
-            tell("phase", name="dial", text=f"sweeping the strength of {chosen[0]}")
+            tell("phase", name="dial", text=f"sweeping the strength of {json['chosen']}")
             json["dial"] = dial_of(recipe, base, folders[chosen], tell)
     write_atomic(out / "recipe.yaml", recipe.yaml())
     write_atomic(out / "run.json", dumps(json, indent=1, default=str))

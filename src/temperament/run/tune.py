@@ -69,6 +69,9 @@ def tune(
     """Carry out a recipe in the folder `out`. A `base` already loaded (or an nn.Module as `Base`) may be given instead of its
     name."""
     recipe = schema.read(recipe, overrides)
+    if recipe.study is not None:
+        mend = "a study is many runs, each of them a `tune`: carry it out with `temper compare RECIPE`"
+        raise UserError("study", type(recipe.study).part_name, mend)
     out = Path(out) if out is not None else Path("runs") / address(recipe.plain())[:12]
     world = World(recipe.precision.compute, recipe.log_with, recipe.device, out)
     folder = Folder(out, write=world.main)

@@ -71,7 +71,7 @@ class Compare:
                 )
                 step = replace(step, train=train)
             steps.append(step)
-        return replace(recipe, steps=steps, seed=seed)
+        return replace(recipe, steps=steps, seed=seed, study=None)
 
     def read(self, runs: dict[tuple, Any]) -> dict[str, Any]:
         """arm -> gain, loss and their intervals over seeds. Only the chosen rate of an arm is read."""

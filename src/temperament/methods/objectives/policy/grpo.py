@@ -6,12 +6,11 @@ from typing import ClassVar, Literal
 import torch
 
 from temperament.nn.batch import Rollout
-from temperament.nn.logprobs import label, score
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
 
-@part("objectives.policy.grpo", modalities=("text",))
+@part("objectives.policy.grpo", modalities=("text", "control"))
 @dataclass(frozen=True)
 class GRPO:
     """Group-relative policy optimisation.
@@ -41,9 +40,9 @@ class GRPO:
         return (self.reference,) if self.beta else ()
 
     def prepare(self, whole: Rollout, views) -> Rollout:
-        whole.advantages = group_advantages(whole.rewards, whole.group, self.scale, self.eps)[:, None]
+        whole.advantages = group_advantages(whole.total, whole.group, self.scale, self.eps)[:, None]
         if self.beta:
-            whole.reference = views.precompute(self.reference, whole, lambda m, r: score(m, r.tokens, label())["label"])
+            whole.reference = views.precompute(self.reference, whole, lambda m, r: r.tokens.logp(m))
         if self.per == "sequence":
             whole.tokens = whole.tokens.per_example()
         return whole
@@ -55,7 +54,7 @@ class GRPO:
 
     def loss(self, micro: Rollout, views) -> Terms:
         w, n = micro.tokens.weights, micro.tokens.trained
-        logp = score(views.model, micro.tokens, label())["label"]
+        logp = micro.tokens.logp(views.model)
         ratio = torch.exp(logp - micro.behaviour)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         gain = torch.minimum(ratio * micro.advantages, clipped * micro.advantages)

@@ -8,18 +8,16 @@ from torch import Tensor
 
 from temperament.nn import draws
 from temperament.nn.batch import Rollout
-from temperament.nn.heads import states
-from temperament.nn.logprobs import label, score
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
 
-@part("objectives.policy.ppo", papers=["213"], modalities=("text",))
+@part("objectives.policy.ppo", papers=["213"], modalities=("text", "control"))
 @dataclass(frozen=True)
 class PPO:
-    """Proximal policy optimisation over tokens, with a critic as another player of the step.
+    """Proximal policy optimisation over tokens or decisions, with a critic as another player of the step.
 
-        r_t = R [t is the last token] - beta (log pi_old(y_t) - log pi_ref(y_t))
+        r_t = R [t is the last token] (or the reward of step t) - beta (log pi_old(y_t) - log pi_ref(y_t))
         delta_t = r_t + gamma V(s_t+1) - V(s_t);    A_t = delta_t + gamma lambda A_t+1;    returns_t = A_t + V(s_t)
         loss = - sum_t min(rho_t A_t, clip(rho_t, 1 - e, 1 + e) A_t) / count        rho_t = pi(y_t) / pi_old(y_t), count: sampled tokens
 
@@ -53,11 +51,11 @@ class PPO:
         whole.values = torch.zeros_like(w)
         if self.critic is not None:
             head = views.head(f"{self.critic}:value")
-            read = lambda m, r: head(states(m, r.tokens).float())[..., 0] * (r.tokens.weights != 0)
+            read = lambda m, r: head(r.tokens.states(m).float())[..., 0] * (r.tokens.weights != 0)
             whole.values = views.precompute(f"{self.critic}:live", whole, read)
         price = torch.zeros_like(w)
         if self.beta:
-            whole.reference = views.precompute(self.reference, whole, lambda m, r: score(m, r.tokens, label())["label"])
+            whole.reference = views.precompute(self.reference, whole, lambda m, r: r.tokens.logp(m))
             price = self.beta * (whole.behaviour - whole.reference) * w
         whole.advantages = generalised_advantages(at_the_end(whole.rewards, w) - price, whole.values, w, self.gamma, self.lam)
         whole.returns = (whole.advantages + whole.values) * w
@@ -76,7 +74,7 @@ class PPO:
 
     def loss(self, micro: Rollout, views) -> Terms:
         w, n = micro.tokens.weights, micro.tokens.trained
-        logp = score(views.model, micro.tokens, label())["label"]
+        logp = micro.tokens.logp(views.model)
         ratio = torch.exp(logp - micro.behaviour)
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         gain = torch.minimum(ratio * micro.advantages, clipped * micro.advantages)
@@ -89,7 +87,9 @@ class PPO:
 
 
 def at_the_end(rewards: Tensor, w: Tensor) -> Tensor:
-    """(rows, T): the reward of a row at its last sampled token, else 0."""
+    """(rows, T): the reward of a row at its last sampled token, else 0; rewards that came step by step as they are."""
+    if rewards.dim() == 2:
+        return rewards * (w != 0)
     last = w * (w.flip(1).cumsum(1).flip(1) == 1)
     return rewards[:, None] * last
 

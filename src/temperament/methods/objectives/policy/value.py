@@ -7,12 +7,11 @@ import torch
 
 from temperament.errors import UserError
 from temperament.nn.batch import Rollout
-from temperament.nn.heads import states
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
 
-@part("objectives.policy.value", papers=["213"], modalities=("text",))
+@part("objectives.policy.value", papers=["213"], modalities=("text", "control"))
 @dataclass(frozen=True)
 class Value:
     """A critic's regression: what it says of each state against what came after, not further from what it said before than `clip`.
@@ -41,7 +40,7 @@ class Value:
 
     def loss(self, micro: Rollout, views) -> Terms:
         w, n = micro.tokens.weights, micro.tokens.trained
-        value = views.head(self.head)(states(views.model, micro.tokens).float())[..., 0]
+        value = views.head(self.head)(micro.tokens.states(views.model).float())[..., 0]
         error = (value - micro.returns).square()
         if self.clip is not None:
             near = micro.values + (value - micro.values).clamp(-self.clip, self.clip)
