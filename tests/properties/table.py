@@ -71,6 +71,7 @@ TABLE: dict[str, list[dict]] = {
     "data.best_of_k": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "k": 2}],
     "data.s3ft": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}}],
     "rollout.relift": [{"rollout": {"rollout.sample": {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2}}, "demonstrations": {"data.lab": {"skills": ["add"], "rows": 6}}, "due": 2}],
+    "rollout.mcts_steps": [{"prompts": {"data.lab": {"skills": ["story"], "rows": 6}}, "rewards": ["rewards.lab"], "separator": ";", "stage": 2}],
     "rollout.raft": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "k": 2, "stage": 3, "max_new": 6}],
     "rollout.sample": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}],
     "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
