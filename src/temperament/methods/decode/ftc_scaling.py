@@ -14,7 +14,7 @@ class FTCScaling:
 
         x_{l+1} = x_l + PTC_l + alpha FTC_l        PTC_l: what block l adds in the base;  FTC_l: what it adds beyond that now
 
-    alpha 1 is the tuned model, 0 the base's blocks between the tuned embeddings, norm and head; above 1 tuning is amplified. Not
+    alpha 1 is the tuned model, 0 the base's blocks between the tuned embeddings, norm and head; above 1 it is amplified. Not
     the dial: that scales weights, this scales what they do; where only the last map of each block was tuned they agree. What
     counts as tuning is what the steps before left: a look while an adapter trains sees that adapter whole. Two forwards of
     every block and no cache. Source: paper 028, alpha from 0.75 to 1.25.
