@@ -62,7 +62,8 @@ def respond(
     mine = list(range(world.rank, len(prompts), world.size))
     with world.autocast():
         made = generate(model, [prompts[i] for i in mine], sampling, seed=ctx.seed, step=step + ROUND * ctx.round,
-                        examples=[examples[i] for i in mine], batch=batch)  # fmt: skip
+                        examples=[examples[i] for i in mine], batch=batch,
+                        decode=getattr(ctx.base.tokenizer, "decode", None))  # fmt: skip
     rows = list(zip(made.ids, made.sampled, made.logp, made.sampling_logp, made.finished, strict=True))
     rows = world.gather_rows(rows, len(prompts))
     made.ids, made.sampled, made.logp, made.sampling_logp, made.finished = (list(c) for c in zip(*rows, strict=True))

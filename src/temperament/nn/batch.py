@@ -178,12 +178,14 @@ class Steps(Timed):
 
 @dataclass
 class Pairs(Batch):
-    """ref_chosen, ref_rejected (rows,): log-probs of the responses under the reference, once an objective has prepared them."""
+    """ref_chosen, ref_rejected (rows,): log-probs of the responses under the reference, once an objective has prepared them.
+    doubt (rows,): probability that a pair is the wrong way round, where the source has one for each."""
 
     chosen: Tokens
     rejected: Tokens
     ref_chosen: Tensor | None = None
     ref_rejected: Tensor | None = None
+    doubt: Tensor | None = None
 
 
 @dataclass

@@ -222,12 +222,10 @@ class Evaluation:
     base: bool = True  # measure the base (cached between runs)
     every: int = 0  # steps between evaluations while training; 0: none
     dial: Dial | None = None  # sweep the strength of the change at the end
-    diagnose: list[str] = field(default_factory=lambda: ["diagnose.intruder_dimensions"])  # diagnoses of the final change
+    diagnose: list[Diagnosis] = _part(["diagnose.intruder_dimensions"], Diagnosis)  # diagnoses of the final change
 
     def __post_init__(self):
         at_least(self, items=1, batch=1, every=0)
-        for name in self.diagnose:
-            must_be(name, Diagnosis, "evaluation.diagnose")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,9 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from temperament import parts
 from temperament.bases.load import Base, load
 from temperament.delta import Delta
 from temperament.errors import Interrupted, TemperError, UserError, WorkFailed
-from temperament.protocols import Diagnosis
 from temperament.run import recipe as schema
 from temperament.run.artefacts import Folder, address, cache_dir
 from temperament.run.diagnose import Subject, weights
@@ -187,7 +185,7 @@ class _Tuning:
                 json["delta"]["files"] = save_delta(state.delta, self.base, self.folder.path / "delta", self.recipe.base)
             self.base.reset()
             subject = Subject(self.base, state.delta)
-            json["diagnoses"] = {n: parts.build(n, Diagnosis, "evaluation.diagnose").diagnose(subject) for n in spec.diagnose}
+            json["diagnoses"] = {type(look).part_name: look.diagnose(subject) for look in spec.diagnose}
             json["weights"] = weights(self.base, state.delta, json["diagnoses"])
             if spec.dial:
                 from temperament.run.dial import dial

@@ -21,7 +21,8 @@ class DPO:
 
     pi, ref: log-probs of the whole response (nats) under the policy and the reference; w the chosen, l the rejected one. The reference
     is a *version* of the same model - by default `start`, the model as this step began (after SFT: the SFT model) - scored once a
-    batch, not a second model. Source: Rafailov et al. 2023.
+    batch, not a second model. Where the source gives each pair a doubt of its own (`Pairs.doubt`), that is its e.
+    Source: Rafailov et al. 2023.
     """
 
     batch: ClassVar = ("Pairs",)
@@ -44,6 +45,7 @@ class DPO:
     def loss(self, micro: Pairs, views) -> Terms:
         chosen = response(views.model, micro.chosen) - micro.ref_chosen
         rejected = response(views.model, micro.rejected) - micro.ref_rejected
-        margin, e, n = self.beta * (chosen - rejected), self.label_smoothing, len(micro)
+        margin, n = self.beta * (chosen - rejected), len(micro)
+        e = self.label_smoothing if micro.doubt is None else micro.doubt
         nll = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
         return {"dpo": Term(nll, n), "margin": Term(margin.detach(), n, weight=0), "accuracy": Term((margin > 0).float(), n, weight=0)}
