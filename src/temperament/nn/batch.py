@@ -137,7 +137,8 @@ class Rollout(Batch):
     """tokens.weights is 1 on sampled tokens (not on prompts, forced or tool tokens). behaviour (rows, T): log-prob of each token under
     the policy that sampled it. rewards (rows,). group (rows,): which prompt. Filled in by the objective: advantages (rows, T) or (rows, 1),
     reference (rows, T): log-probs under the reference version;
-    values, returns (rows, T): what a critic said before it is trained, and what it should have said.
+    values, returns (rows, T): what a critic said before it is trained, and what it should have said. turn (rows,): which turn of its
+    conversation a row is, from 0; None: there is one.
     """
 
     tokens: Tokens
@@ -148,3 +149,4 @@ class Rollout(Batch):
     reference: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    turn: Tensor | None = None
