@@ -3,8 +3,9 @@
     into, inner, error = trace(model, tokens, blocks)      what the pilot took in, thought and got wrong
     said = copilot.predict(into, inner, error, segments, positions)         said[t]: the error to come at token t + 1
 
-Shapes: into, inner (rows, T, D): the input of the first block, and the mean over the blocks of what they put out. error (rows, T, V):
-onehot(ids[t]) - softmax of what predicted ids[t], at tokens with weight, else 0; it sums to 0. Everything at or before t is seen, nothing after.
+Shapes: into, inner (rows, T, D): the input of the first block, and the mean over the blocks of what they put out. error
+(rows, T, V): onehot(ids[t]) - softmax of what predicted ids[t], at tokens with weight, else 0; it sums to 0. Everything at or
+before t is seen, nothing after.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ def beside(model: nn.Module) -> Copilot | None:
 
 
 class Copilot(Around):
-    """Blocks like the pilot's over the sequence of errors: in every second one queries look at what the pilot took in and thought.
+    """Blocks like the pilot's over the sequence of errors; every second one looks at what the pilot took in and thought.
 
     It changes nothing that the module it hangs on says. `leave` is zero at the start: no mistake is foreseen.
     """
 
     starts_at_zero = True
 
-    def __init__(self, vocabulary: int, width: int, heads: int, kv_heads: int, head: int, inner: int, layers: int, theta: float):
+    def __init__(self, vocabulary: int, width: int, layers: int, **sizes: Any):
         super().__init__()
         self.enter, self.leave = nn.Linear(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
-        self.layers = nn.ModuleList(Layer(width, heads, kv_heads, head, inner, theta, looks=bool(k % 2)) for k in range(layers))
+        self.layers = nn.ModuleList(Layer(width, **sizes, looks=bool(k % 2)) for k in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         nn.init.zeros_(self.leave.weight)
 
@@ -82,7 +83,8 @@ class Layer(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head, self.theta, self.looks = heads, kv_heads, head, theta, looks
         lin = lambda a, b: nn.Linear(a, b, bias=False)
-        self.q, self.k, self.v, self.o = lin(width, heads * head), lin(width, kv_heads * head), lin(width, kv_heads * head), lin(heads * head, width)
+        self.q, self.o = lin(width, heads * head), lin(heads * head, width)
+        self.k, self.v = lin(width, kv_heads * head), lin(width, kv_heads * head)
         self.gate, self.up, self.down = lin(width, inner), lin(width, inner), lin(inner, width)
         self.before, self.between = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
 

@@ -5,10 +5,11 @@
 
 By tokens, so that the first answer stands there exactly as it was sampled, less what ended it:
 
-    plain text   asked  answered  text                       {prompt} in the text is the question once more, without its BOS
-    messages     asked  answered  end, instruction as a user's message, header of an answer      as the chat template writes them
+    plain text   asked, answered, text                  {prompt} in the text is the question once more, without its BOS
+    messages     asked, answered, its end, instruction of a user, header of an answer: as the chat template writes them
 
-Which of the two is seen by the prompt: one that ends in the template's header of an answer is a conversation.
+Which of the two is seen by the prompt: one that ends in the template's header of an answer is a conversation. The text around
+{prompt} is tokenised by itself: where words are joined to the blank before them, end it in a new line, not in a blank.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Again:
         template = Template(self.tokenizer, resolve_template(self.tokenizer, None))
         texts = [template.prompt(Prompt(m), m).text for m in (first, [*first, *then])]
         if not (texts[0].count(ASKED) == 1 == texts[1].count(SAID)):
-            raise UserError("tokenizer.chat_template", self.tokenizer.name_or_path, "it rewrites what was said, so a second turn cannot follow the first; use a base of plain text")
+            mend = "it rewrites what was said, so a second turn cannot follow the first; use a base of plain text"
+            raise UserError("tokenizer.chat_template", self.tokenizer.name_or_path, mend)
         return plain(texts[0].split(ASKED)[1]), plain(texts[1].split(SAID)[1])
 
     def prompt(self, asked: Sequence[int], answered: Sequence[int], ends: Sequence[int] = ()) -> list[int]:

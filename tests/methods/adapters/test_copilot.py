@@ -1,4 +1,4 @@
-"""The copilot: errors as they are defined, strictly causal, exact where it knows everything, and a pilot that does not notice it."""
+"""The copilot: errors as defined, strictly causal, exact where it knows everything, and a pilot that does not notice it."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def test_its_laws_hold_and_other_rows_are_refused():
     laws(tiny(), trainable=[Full(), CopilotAdapter()], source=Rows())
     laws(tiny("qwen3"), trainable=[LoRA(rank=2), CopilotAdapter(layers=3)], source=Rows(packed=True))
     with pytest.raises(UserError, match="given answers"):
-        steps(tiny(), 1, trainable=[Full(), CopilotAdapter()], source=Rows(kind="Pairs"), objective=parts.build("objectives.preference.dpo"))
+        dpo = parts.build("objectives.preference.dpo")
+        steps(tiny(), 1, trainable=[Full(), CopilotAdapter()], source=Rows(kind="Pairs"), objective=dpo)
     with pytest.raises(UserError, match="language model"):
         CopilotAdapter().build(tiny("bert"), None)
 

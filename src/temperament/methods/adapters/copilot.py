@@ -22,15 +22,15 @@ FIELDS = ("into", "inner", "error", "at", "segments", "positions")
 @part("adapters.copilot", papers=["270"], modalities=("text",))
 @dataclass(frozen=True)
 class CopilotAdapter:
-    """A copilot beside whatever is trained, the pilot: it learns from the log of the pilot's mistakes, and corrects it while decoding.
+    """A copilot beside what is trained, the pilot: learns from a log of the pilot's mistakes, and corrects it while decoding.
 
-        log, each step, before the pilot learns of its batch:   what it took in, the mean of its blocks' states, l_i = onehot(y_i) - p_i
-        loss, of a step drawn from the whole log:  sqrt( mean_i || f_i - l_i ||^2 )      f_i: the copilot's guess at l_i, from what is before i
+        log:   each step, before the pilot learns from the batch: its input, mean state of its blocks, l_i = onehot(y_i) - p_i
+        loss:  sqrt( mean_i || f_i - l_i ||^2 ), of a step drawn from the log     f_i: the guess at l_i from what is before i
 
     A root of the mean square, for squares would shrink errors that are small already. Nothing flows back into the pilot: with
     clip: null (a norm would be taken over both) it ends with the bits it has without a copilot. The copilot has blocks of the
-    pilot's shape, begun from its weights (every second one looks at the pilot's states), and foresees nothing at first.
-    The log is state; of more than `keep` steps it holds a fair sample. What is learnt is used by `decode.copilot` in the recipe's
+    pilot's shape, begun from its weights (every second one looks at the pilot's states), and foresees nothing at first. The log
+    is state; of more than `keep` steps it holds a fair sample. What is learnt is used by `decode.copilot` in the recipe's
     `inference:`. Source: Zou et al. 2025, Transformer Copilot (paper 270).
     """
 
@@ -45,11 +45,13 @@ class CopilotAdapter:
     def build(self, base: Any, ctx: Any) -> Trained:
         at, head = head_of(base)
         copilot = begun(base, self.layers, ctx.seed).to(head.weight.device)
-        params = [Param(f"{at}:copilot.{n}", p, n.rpartition(".")[2], lr_factor=self.factor, decay=p.dim() > 1) for n, p in copilot.named_parameters()]
+        own = dict(copilot.named_parameters())
+        record = lambda n, p: Param(f"{at}:copilot.{n}", p, n.rpartition(".")[2], lr_factor=self.factor, decay=p.dim() > 1)
+        params = [record(n, p) for n, p in own.items()]
         log = Log(self.keep, ctx.seed)
         lesson, options = Lesson(copilot, log, base.places.blocks()), plain(self)
         options = options[type(self).part_name] if isinstance(options, dict) else {}
-        made = lambda: Addition(type(self).part_name, options, {n: p.detach().clone() for n, p in copilot.named_parameters()})
+        made = lambda: Addition(type(self).part_name, options, {n: p.detach().clone() for n, p in own.items()})
         return Trained(params, around={f"{at}:copilot": (head, copilot)}, terms=[lesson], state=log.state, load=log.load,
                        additions=lambda: {f"{at}:copilot": made()})  # fmt: skip
 
@@ -61,7 +63,7 @@ class CopilotAdapter:
 
 @dataclass
 class Log:
-    """Records by step: dicts of cpu tensors. Of all steps so far a fair sample of at most `keep` (reservoir sampling, drawn by step)."""
+    """Records by step: dicts of cpu tensors. Of all steps a fair sample of at most `keep`: a reservoir, drawn by step."""
 
     keep: int
     seed: int
@@ -109,7 +111,8 @@ class Lesson:
 
     def prepare(self, whole: Batch, views: Any) -> None:
         if not isinstance(whole, Tokens):
-            raise UserError("adapters.copilot", type(whole).__name__, "it learns from mistakes on given answers; use a source of rows with answers")
+            mend = "it learns from mistakes on given answers; use a source of rows with answers"
+            raise UserError("adapters.copilot", type(whole).__name__, mend)
         together = views.precompute("live", whole, lambda m, t: torch.cat(trace(m, t, self.blocks), -1))
         width = (together.shape[-1] - self.copilot.enter.in_features) // 2
         into, inner, error = together.split([width, width, together.shape[-1] - 2 * width], -1)
@@ -144,18 +147,18 @@ def shape(base: Any) -> dict[str, Any]:
     head = getattr(c, "head_dim", None) or c.hidden_size // heads
     rope = getattr(c, "rope_parameters", None)
     theta = (rope.get("rope_theta") if isinstance(rope, dict) else getattr(c, "rope_theta", None)) or 10000.0
-    return {"vocabulary": c.vocab_size, "width": c.hidden_size, "heads": heads, "kv_heads": getattr(c, "num_key_value_heads", None) or heads,
-            "head": head, "inner": getattr(c, "intermediate_size", None) or 4 * c.hidden_size, "theta": theta}  # fmt: skip
+    kv_heads, inner = (getattr(c, name, None) for name in ("num_key_value_heads", "intermediate_size"))
+    return {"vocabulary": c.vocab_size, "width": c.hidden_size, "heads": heads, "kv_heads": kv_heads or heads, "head": head,
+            "inner": inner or 4 * c.hidden_size, "theta": theta}  # fmt: skip
 
 
 @torch.no_grad()
 def begun(base: Any, layers: int, seed: int) -> Copilot:
-    """A copilot with the maps of the pilot's blocks, spread over its depth, where they have one of that role and shape; else random."""
+    """A copilot with the maps of the pilot's blocks, spread over its depth, where roles and shapes agree; else random."""
     copilot = Copilot(**shape(base), layers=layers)
     for name, p in copilot.named_parameters():
-        if p.dim() > 1 and name != "leave.weight":
+        if name != "leave.weight" and "norm" not in name and not name.endswith(("before.weight", "between.weight")):
             p.copy_(torch.randn(p.shape, generator=draws.generator(seed, f"copilot/{name}")) * 0.02)
-    copilot.enter.bias.copy_(torch.randn(copilot.enter.bias.shape, generator=draws.generator(seed, "copilot/enter.bias")) * 0.02)
     blocks = base.places.blocks()
     for k, layer in enumerate(copilot.layers):
         block = blocks[round(k * (len(blocks) - 1) / (layers - 1))]

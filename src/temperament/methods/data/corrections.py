@@ -15,13 +15,13 @@ from temperament.protocols import Examples, Reward
 @part("data.corrections", papers=["174"], modalities=("text",))
 @dataclass(frozen=True)
 class Corrections:
-    """Rows that show a correction: the model's own first answer, the words between the turns, and the answer it should have given.
+    """Rows that show a correction: the model's own first answer, the words between the turns, the answer it should have given.
 
         prompt = x1, y1, `again`       completion = the given answer             y1 ~ the model as this step finds it
 
-    A `build` step. Supervision on it is the usual way to teach self-correction (Pair-SFT), and a short warm-up for reinforcement where a base
-    has never met a second turn. It sees errors of a model that training then leaves, and tends to change nothing that it should.
-    Columns beside: right_1, what the rewards said of y1. Source: Kumar et al. 2024, SCoRe (paper 174), its baselines.
+    A `build` step. Supervision on it is the usual way to teach self-correction (Pair-SFT), and a short warm-up for
+    reinforcement where a base has never met a second turn. It shows errors of a model that training then leaves. Columns
+    beside: right_1, what the rewards said of y1. Source: Kumar et al. 2024, SCoRe (paper 174), its baselines.
     """
 
     rows: Examples  # prompts with the answers they should get
@@ -45,7 +45,8 @@ class Corrections:
             if "answer" not in p.meta:
                 raise UserError("data.corrections.rows", str(p.origin), "rows need an answer: prompt/completion or messages")
         numbers = [i for i in range(len(prompts)) for _ in range(self.samples)]
-        made = respond(ctx, ctx.base.model, [prompts[i].ids for i in numbers], Sampling(self.max_new, self.temperature), 0, list(range(len(numbers))))
+        asked, sampling = [prompts[i].ids for i in numbers], Sampling(self.max_new, self.temperature)
+        made = respond(ctx, ctx.base.model, asked, sampling, 0, list(range(len(numbers))))
         texts = [ctx.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in made.ids]
         for i, text in zip(numbers, texts, strict=True):
             p, mark = prompts[i], judged(self.rewards, [], prompts[i], [text])[0] if self.rewards else None

@@ -15,13 +15,13 @@ from temperament.parts import part
 @part("decode.copilot", papers=["270"], modalities=("text",))
 @dataclass(frozen=True)
 class CopilotDecode:
-    """Correct each next token by the mistake that the model's copilot foresees (adapters.copilot); without one nothing is changed.
+    """Correct each next token by the mistake that the model's copilot foresees (adapters.copilot); without one it is the model.
 
         p~_i = max( p_i + lam f_i, 0 ) / sum         f_i: the copilot's guess at onehot(y_i) - p_i
 
-    True errors are not known while decoding: the copilot reads its own guesses of the tokens before. lam 0 is the pilot; a guess that is right
-    gives the right token for sure. Each token costs a forward of model and copilot over the whole text (nothing is cached).
-    Source: Zou et al. 2025, Transformer Copilot (paper 270).
+    True errors are not known while decoding: the copilot reads its own guesses of the tokens before. lam 0 is the pilot; a
+    guess that is right gives the right token for sure. Each token costs a forward of model and copilot over the whole text
+    (nothing is cached). Source: Zou et al. 2025, Transformer Copilot (paper 270).
     """
 
     lam: float = 1.0  # how far the pilot is corrected

@@ -16,8 +16,9 @@ class SecondTurn:
 
         y1 = model(x1),   y2 = model(x1, y1, `again`)          y2 is what is measured; without this part, y1
 
-    For models that learned to correct themselves (rollout.two_turn, with the same words between the turns): what the ledger gains by it over
-    the weights alone is the self-correction. No verdict on y1 is asked for. Source: Kumar et al. 2024, SCoRe (paper 174).
+    For models that learned to correct themselves (rollout.two_turn, with the same words between the turns): what the ledger
+    gains by it over the weights alone is the self-correction. No verdict on y1 is asked for. Source: Kumar et al. 2024, SCoRe
+    (paper 174).
     """
 
     again: str = TEXT  # plain text between the answers; {prompt} is the question once more
@@ -38,8 +39,15 @@ class _Asks:
     again: Again
 
 
-def twice(models: dict[str, Any], prompts: list[list[int]], sampling: Sampling, *, hooks: Sequence[Any] = (), examples: Sequence[int] | None = None,
-          **how: Any) -> Generated:  # fmt: skip
+def twice(
+    models: dict[str, Any],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    hooks: Sequence[Any] = (),
+    examples: Sequence[int] | None = None,
+    **how: Any,
+) -> Generated:
     """As engine.tokens.generate, the answers being second ones."""
     asks, others = next(h for h in hooks if isinstance(h, _Asks)), [h for h in hooks if not isinstance(h, _Asks)]
     numbers = list(range(len(prompts))) if examples is None else list(examples)

@@ -17,16 +17,16 @@ from temperament.protocols import Examples, Reward
 @part("rollout.two_turn", papers=["174"], modalities=("text",))
 @dataclass(frozen=True)
 class TwoTurn:
-    """Answers, and second answers by the same policy that sees the first one and is asked to correct it; no verdict is shown to it.
+    """Answers, and second answers by the same policy, which sees the first one and is asked to correct it; no verdict is shown.
 
         y1 ~ pi(. | x1),   y2 ~ pi(. | x2),  x2 = x1, y1, `again`
         reward of y1:  r1 + gamma r2          of y2:  r2 + alpha (r2 - r1)            r: the verifier's, seen in training only
 
-    alpha is the progress bonus: mending pays it, spoiling costs it, and a second answer that is as good as the first gets none. It is the
-    second turn's alone: credited to the first it would pay for failing there. A conversation is two rows, all first ones before all
-    second ones, each a prompt and what was sampled; `turn` says which, and groups are of one prompt and one turn: GRPO on this is
-    plain two-turn reinforcement. Logged: share right at each turn, share of all that was mended and spoiled.
-    Source: Kumar et al. 2024, SCoRe (paper 174): alpha 10.
+    alpha is the progress bonus: mending pays it, spoiling costs it, and a second answer that is as good as the first gets
+    none. It is the second turn's alone: credited to the first it would pay for failing there. A conversation is two rows, all
+    first ones before all second ones, each a prompt and what was sampled; `turn` says which, and groups are of one prompt and
+    one turn: GRPO on this is plain two-turn reinforcement. Logged: share right at each turn, share of all that was mended and
+    spoiled. Source: Kumar et al. 2024, SCoRe (paper 174): alpha 10.
     """
 
     prompts: Examples  # rows with a prompt; an answer column (or completion) for the rewards
@@ -97,7 +97,8 @@ class Stream:
     def _marks(self, spec: TwoTurn, numbers: list[int], made: list[list[int]]) -> list[float]:
         texts = [self.ctx.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
         starts = range(0, len(numbers), spec.group)
-        return [m for i in starts for m in judged(spec.rewards, spec.weights, self.prompts[numbers[i]], texts[i : i + spec.group])]
+        marks = lambda i: judged(spec.rewards, spec.weights, self.prompts[numbers[i]], texts[i : i + spec.group])
+        return [m for i in starts for m in marks(i)]
 
     def feedback(self, batches: list, row: dict) -> dict[str, float]:
         return self.told

@@ -19,21 +19,21 @@ from temperament.protocols import Term, Terms
 class SCoRe:
     """REINFORCE over the turns of a conversation, each turn with its own credit and its own hold on the reference.
 
-        A_i  = credit[turn] (R_i - mean of R over the group)                     R: as the rollout gives it, progress bonus included
+        A_i  = credit[turn] (R_i - mean of R over the group)              R: as the rollout gives it, progress bonus included
         loss = mean over rows i of  - A_i sum_t log pi(y_t)  +  beta[turn] sum_t KL( pi(. | y_<t) || ref(. | y_<t) )
 
-    KL over the whole vocabulary, nats, summed over the answer. On policy: no ratio, no clipping. Self-correction takes two steps of a
-    recipe, for rewarding both turns at once is won by a good first answer that the second repeats:
+    KL over the whole vocabulary, nats, summed over the answer. On policy: no ratio, no clipping. Self-correction takes two
+    steps of a recipe, for rewarding both turns at once is won by a good first answer that the second repeats:
 
-        1  credit [0, 1], beta [large, small]    the second answer learns to mend; the first moves by the KL alone, that is, stays
+        1  credit [0, 1], beta [large, small]    the second answer learns to mend; the first has its KL alone: it stays
         2  credit [1, 1], beta [small, small]    both are rewarded, the second with a progress bonus (rollout.two_turn: alpha)
 
-    With one turn it is plain REINFORCE with a KL. Source: Kumar et al. 2024, SCoRe (paper 174): beta 0.1 and 0.01, reference the base.
+    With one turn it is plain REINFORCE with a KL. Source: Kumar et al. 2024, SCoRe (paper 174): beta 0.1 and 0.01, to the base.
     """
 
     batch: ClassVar = ("Rollout",)
     credit: list[float] = field(default_factory=lambda: [1.0, 1.0])  # what each turn's reward counts; [0, 1] in the first step
-    beta: list[float] = field(default_factory=lambda: [0.01, 0.01])  # weight of each turn's KL, nats an answer; 0 in all: no reference
+    beta: list[float] = field(default_factory=lambda: [0.01, 0.01])  # weight of each turn's KL; all 0: no reference is scored
     reference: str = "base"  # version the KL is taken to: base, start
     scale: bool = False  # divide advantages by the standard deviation of their group
 
@@ -48,7 +48,8 @@ class SCoRe:
     def prepare(self, whole: Rollout, views) -> Rollout:
         turn = turns(whole)
         if int(turn.max()) >= len(self.credit):
-            raise UserError("objectives.policy.score.credit", self.credit, f"the rollout has {int(turn.max()) + 1} turns; give credit and beta for each")
+            mend = f"the rollout has {int(turn.max()) + 1} turns; give credit and beta for each"
+            raise UserError("objectives.policy.score.credit", self.credit, mend)
         # One group is of one turn, however the rollout numbers them.
         group = whole.group * len(self.credit) + turn
         advantages = group_advantages(whole.rewards, group, self.scale, 1e-4)
