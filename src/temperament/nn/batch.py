@@ -196,10 +196,11 @@ class Labelled(Batch):
 
 @dataclass
 class Rollout(Batch):
-    """tokens: what was sampled, words or decisions; its weights are 1 there (not on prompts, forced or tool tokens, nor after an episode's
-    end). behaviour (rows, T): log-prob of each under the policy that sampled it. rewards (rows,), of the whole; or (rows, T), as they
-    came. group (rows,): which prompt or start. Filled in by the objective: advantages (rows, T) or (rows, 1), reference (rows, T): log-probs
-    under the reference version; values, returns (rows, T): what a critic said before it is trained, and what it should have said.
+    """tokens: what was sampled, words or decisions; its weights are 1 there (not on prompts, forced or tool tokens, nor after an
+    episode's end). behaviour (rows, T): log-prob of each under the policy that sampled it. rewards (rows,), of the whole; or
+    (rows, T), as they came. group (rows,): which prompt or start. turn (rows,): which turn of its conversation a row is, from
+    0; None: there is one. Filled in by the objective: advantages (rows, T) or (rows, 1), reference (rows, T): log-probs under
+    the reference version; values, returns (rows, T): what a critic said before it is trained, and what it should have said.
     """
 
     tokens: Timed
@@ -210,6 +211,7 @@ class Rollout(Batch):
     reference: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    turn: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
