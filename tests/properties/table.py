@@ -45,6 +45,7 @@ TABLE: dict[str, list[dict]] = {
     "merge.model_stock": [{}, {"by": "row"}],
     "merge.passthrough": [{"scale": 0.9}],
     "merge.compeft": [{}],
+    "merge.pleas": [{"match": "weights", "solve": False}],
     "merge.graft": [{"of": "a"}],
     "merge.half_reset": [{"share": 0.3}],
     "merge.scale_intruders": [{}],
