@@ -60,6 +60,8 @@ TABLE: dict[str, list[dict]] = {
     "aides.match": [{}, {"by": "number"}],
     "aides.lab_oracle": [{}],
     "diagnose.intruder_dimensions": [{}, {"k": 3, "eps": 0.8}],
+    "diagnose.sharpness": [{}, {"case": "average", "norm": "2"}],
+    "diagnose.interpolation": [{}],
     "rewards.exact": [{}],
     "rewards.number": [{}],
     "rewards.pattern": [{"pattern": r"\d+"}, {"pattern": r"[a-z ]*", "whole": True}],

@@ -288,6 +288,8 @@ class _Tuning:
         self.tell("done", name=step.name, cached=artefact is not None, seconds=seconds)
         if step.ledger and self.skills.skills and step.kind != "build":
             self.measure_after(step.name, done)
+            if step.merge:
+                self.json["steps"][-1]["synergy"] = self.synergy(step)
         self.folder.save_run(self.json | {"status": "running", "ledger": self.ledger_json()})
         return done
 
@@ -365,17 +367,33 @@ class _Tuning:
         offered = {s.name for suite in default_suites(spec.source) for s in suite.skills(ctx)} if len(targets) > 1 else set()
         self.learned |= dict.fromkeys(sorted(targets & offered), step.name)
 
+    def measure_sources(self, step: schema.Step, deltas: Mapping[str, Delta]) -> None:
+        """A row of the ledger for each source of a merge that has none: runs, adapters and folders that are no steps of this recipe."""
+        if step.ledger and self.skills.skills:
+            for name, delta in deltas.items():
+                self.measure_after(name, State(address("source", file_sha(name)), delta))
+
+    def synergy(self, step: schema.Step) -> dict[str, Any]:
+        """What the merge has that its sources have not, of the skills all were measured in."""
+        from temperament.run.synergy import synergy
+
+        names = self.merged(step.merge, self.scope(step.name))
+        sources = [self.rows[n] for n in names if n in self.rows and n != step.name]
+        return synergy(self.rows[step.name], sources)
+
     def do_merge(self, step: schema.Step, spec: schema.Merging, start: State, key: str, round: int, artefact: dict | None) -> State:
         place = self.folder.step(step.name)
-        if artefact:
-            return State(key, Delta.load(place / "delta"), place, start.data)
-        began = time.perf_counter()
         self.base.reset()
         known = self.scope(step.name)
         names = self.merged(spec, known)
         deltas = [known[n].delta if n in known else read_delta(n, self.base) for n in names]
         if not deltas or any(d is None for d in deltas):
             raise UserError(f"{step.name}.merge.of", names, "each must have changed the base; name train steps, runs or adapters")
+        self.measure_sources(step, {n: d for n, d in zip(names, deltas, strict=True) if n not in known})
+        if artefact:
+            return State(key, Delta.load(place / "delta"), place, start.data)
+        began = time.perf_counter()
+        self.base.reset()
         tried = {}
         if hasattr(spec.method, "search"):  # it looks at development items
             from temperament.run.scoring import scorer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament.delta import Delta, Replace
+from temperament.engine.own import own_texts
 from temperament.errors import UserError
 from temperament.methods.merge._least_squares import Fit, fits_of, maps_of, recorded, rows
 from temperament.methods.merge._matching import Moments, by_activations, by_weights
@@ -85,35 +86,15 @@ class PLeaS:
         _alike(*(dict(m.state_dict()) for m in models))
         if not self.reads:
             return []
-        if self.data is None:
-            return self.own(models)
-        stream, out = self.data.open(Context(base, World())), []
-        for step in range(-(-self.rows // 16)):
-            batch = stream.batch(step)
-            if not isinstance(batch, Tokens) or batch.packed:
-                raise UserError("merge.pleas.data", type(self.data).part_name, "give plain rows of text, not packed")
-            out.append({"input_ids": batch.ids, "attention_mask": batch.mask.long()})
-        return out
-
-    def own(self, models: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-        """What both language models write from random first tokens: rows for matching and fitting with no data at hand."""
-        from temperament.engine.tokens import Sampling, generate
-        from temperament.nn import draws
-
-        out, each = [], max(1, self.rows // len(models))
-        for k, model in enumerate(models):
-            vocabulary = model.config.get_text_config().vocab_size
-            starts = draws.randint(vocabulary, 0, "pleas", k, torch.arange(each)).tolist()
-            written = generate(model, [[s] for s in starts], Sampling(max_new=self.length, temperature=1.0), seed=k)
-            texts = [[s, *ids] for s, ids in zip(starts, written.ids, strict=True)]
-            for at in range(0, len(texts), 16):
-                some = texts[at : at + 16]
-                ids = torch.zeros(len(some), max(map(len, some)), dtype=torch.long)
-                mask = torch.zeros_like(ids)
-                for i, t in enumerate(some):
-                    ids[i, : len(t)], mask[i, : len(t)] = torch.tensor(t), 1
-                out.append({"input_ids": ids, "attention_mask": mask})
-        return out
+        if self.data is None:  # half of the texts from each
+            each = max(1, self.rows // len(models))
+            batches = [t for k, model in enumerate(models) for t in own_texts(model, each, self.length, seed=k)]
+        else:
+            stream = self.data.open(Context(base, World()))
+            batches = [stream.batch(step) for step in range(-(-self.rows // 16))]
+        if any(not isinstance(b, Tokens) or b.packed for b in batches):
+            raise UserError("merge.pleas.data", type(self.data).part_name, "give plain rows of text, not packed")
+        return [{"input_ids": b.ids, "attention_mask": b.mask.long()} for b in batches]
 
     @torch.no_grad()
     def fuse(self, models: Sequence[nn.Module], batches: Sequence[Any] = (), example: Any = None) -> nn.Module:
