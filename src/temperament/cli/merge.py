@@ -50,11 +50,9 @@ def run(a: Any, say: Say) -> dict[str, Any]:
         return done.json | {"out": str(done.folder)}
     method = parse_yaml(a.method, "--method") if a.method.lstrip().startswith("{") else a.method
     if a.search:
-        from temperament.run.merge_search import search
-
         how = {"trials": a.search, "budget": a.budget, "items": a.items, "as_": a.as_}
         with Live(say) as tell:
-            return search(a.models, a.out, method=method, suites=a.suite or [], base=a.base, tell=tell, **how)
+            return api.search(a.models, a.out, method=method, suites=a.suite or [], base=a.base, tell=tell, **how)
     done = api.merge(a.models, a.out, method=method, base=a.base, as_=a.as_)
     if a.suite:
         from temperament.run.merge_ledger import ledger
@@ -65,7 +63,7 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
-    from temperament.cli.views import certified, run_result
+    from temperament.cli.views import certified, place, run_result
 
     if "status" in data:
         run_result(data, say)
@@ -74,6 +72,7 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
             best = data["search"]["best"]
             found = f"target {best['target_change']:+.1f}, retained {best['retained_change']:+.1f} points"
             say.out.print(f"best of {len(data['search']['trials'])}: {best['method']}: {found}")
+            place("picture", data["search"]["picture"], say)
         certified(data["certificate"], data["out"], say)
         if "synergy" in data:
             say.out.print()
