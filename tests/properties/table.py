@@ -62,6 +62,7 @@ TABLE: dict[str, list[dict]] = {
     "diagnose.intruder_dimensions": [{}, {"k": 3, "eps": 0.8}],
     "diagnose.sharpness": [{}, {"case": "average", "norm": "2"}],
     "diagnose.interpolation": [{}],
+    "diagnose.skill_overlap": [{"share": 0.1}],
     "rewards.exact": [{}],
     "rewards.number": [{}],
     "rewards.pattern": [{"pattern": r"\d+"}, {"pattern": r"[a-z ]*", "whole": True}],
