@@ -26,12 +26,13 @@ claims: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m pytest -q tests/interop
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check src tests claims benchmarks recipes
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-mergekit runs
 
 # One environment; each target adds what it needs. The stamp depends on pyproject, so a changed dependency installs again.
 $(BIN)/python:

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 
-NAMES = ("start", "generation", "sft", "lora", "full", "grpo")
+NAMES = ("start", "generation", "sft", "lora", "full", "grpo", "merge")
 
 
 def main() -> None:

@@ -1,14 +1,13 @@
 """Merging beside mergekit in one run: TIES, DARE-TIES and linear of three sharded fp32 models and a base; seconds and peak
 memory.
 
-    python benchmarks/merge.py [--parameters 178] [--rounds 3] [--threads N] [--mergekit PYTHON] [--large] [--folder DIR]
+    python -m benchmarks merge [--quick] [--rounds 3] [--threads N]
 
-Each merge runs in a process of its own, from files in the page cache to files; start-up (imports) is measured apart. mergekit
-is run by the Python that has it: --mergekit, TEMPER_MERGEKIT_PYTHON, or this one. --large: also our peak memory at 8 times
-the size.
+Each merge runs in a process of its own, from files in the page cache to files; start-up (imports) is not counted. mergekit is
+installed in an environment of its own where no Python has it (`benchmarks/mergekit.py`). Peak memory is also taken at 8 times
+the size, where ours must not grow.
 """
 
-import argparse
 import json
 import math
 import os
@@ -21,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import mergekit
+from benchmarks.side import Lap, Options, Result, ratio
+
 METHODS = {
     "linear": {"merge_method": "linear"},
     "ties": {"merge_method": "ties", "parameters": {"density": 0.2}},
@@ -30,13 +32,14 @@ SHARD = 200_000_000
 
 
 def shapes(millions: float) -> dict[str, tuple[int, ...]]:
-    """A Llama of about this many parameters, width 1024, vocabulary 32,000, tied."""
-    found = {"model.embed_tokens.weight": (32000, 1024), "model.norm.weight": (1024,)}
+    """A Llama of about this many parameters, width 1024, vocabulary 32,000 (small ones 2,000), tied."""
+    words = 32_000 if millions > 100 else 2_000
+    found = {"model.embed_tokens.weight": (words, 1024), "model.norm.weight": (1024,)}
     layer = {"self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
              "self_attn.o_proj": (1024, 1024), "mlp.gate_proj": (3328, 1024), "mlp.up_proj": (3328, 1024),
              "mlp.down_proj": (1024, 3328), "input_layernorm": (1024,), "post_attention_layernorm": (1024,)}  # fmt: skip
     each = sum(map(math.prod, layer.values()))
-    for i in range(max(1, round((millions * 1e6 - 32000 * 1024) / each))):
+    for i in range(max(1, round((millions * 1e6 - words * 1024) / each))):
         found |= {f"model.layers.{i}.{n}.weight": s for n, s in layer.items()}
     return found
 
@@ -58,8 +61,9 @@ def make(folder: Path, millions: float, models: int = 4) -> int:
                 if m:
                     tensor += 0.005 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * m + i))
                 writer.write(name, tensor)
+        words = found["model.embed_tokens.weight"][0]
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 3328,
-                  "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32000,
+                  "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": words,
                   "tie_word_embeddings": True, "torch_dtype": "float32"}  # fmt: skip
         (place / "config.json").write_text(json.dumps(config))
     return sum(map(math.prod, found.values()))
@@ -144,52 +148,44 @@ def floor(folder: Path, threads: int) -> float:
     return seconds
 
 
-def has_mergekit(python: str) -> bool:
-    return bool(python) and subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode == 0
+PROMISED = {"ties": 6.0, "dare_ties": 4.0, "linear": 3.0}  # seconds, at 178 M parameters on two cores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("parameters", 178), ("rounds", 3), ("threads", 0)):
-        parser.add_argument("--" + name, type=int, default=value)
-    parser.add_argument("--mergekit", default=os.environ.get("TEMPER_MERGEKIT_PYTHON", sys.executable))
-    parser.add_argument("--large", action="store_true")
-    parser.add_argument("--folder")
-    a = parser.parse_args()
-    peer = has_mergekit(a.mergekit)
-    with tempfile.TemporaryDirectory(dir=a.folder) as work:
+def run(options: Options) -> Result:
+    millions = 30 if options.quick else 178
+    peer = mergekit.installed()
+    runs = [("temperament", sys.executable, OURS)] + ([("mergekit", peer, THEIRS)] if peer else [])
+    result = Result("merge", "Merging", "", "ms")
+    with tempfile.TemporaryDirectory(prefix="temperament-merge-") as work:
         folder = Path(work)
-        count = make(folder, a.parameters)
-        print(f"three models and a base of {count / 1e6:.0f} M fp32 parameters, {os.cpu_count()} cores", flush=True)
-        print(
-            f"reading and writing the bytes   {statistics.median(floor(folder, a.threads) for _ in range(3)):6.2f} s",
-            flush=True,
-        )
-        runs = [("temperament", sys.executable, OURS)] + ([("mergekit", a.mergekit, THEIRS)] if peer else [])
-        if not peer:
-            print("mergekit is not installed: give --mergekit a Python that has it")
+        count = make(folder, millions)
+        size = f"three models and a base of {count / 1e6:.0f} M fp32 parameters each, sharded, from page cache to files"
+        result.what = f"{size}; a process each, imports not counted." + ("" if peer else " mergekit could not be installed.")
+        result.add("bytes read and written", {"floor": [Lap(floor(folder, options.threads), 0.0) for _ in range(3)]})
+        peaks: dict[str, float] = {}
         for method in METHODS:
-            path, found = config(folder, method), {name: [] for name, *_ in runs}
-            for _ in range(a.rounds):  # in turn, so that a change of load meets both
-                for name, python, code in runs:
-                    found[name].append(measure(python, code, path, folder / "out", a.threads))
-            for name, rows in found.items():
-                mid = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
-                best = min(r["seconds"] for r in rows)
-                print(
-                    f"{method:10} {name:12} {mid['seconds']:7.2f} s (best {best:.2f}, "
-                    f"cpu {mid['cpu']:.1f}, start-up {mid['start']:.1f})"
-                    f"   peak {mid['peak']:.2f} GB",
-                    flush=True,
+            path, laps = config(folder, method), {name: [] for name, *_ in runs}
+            for turn in range(options.rounds or (1 if options.quick else 3)):  # in turn, so that a change of load meets both
+                for name, python, code in runs if turn % 2 else reversed(runs):
+                    row = measure(python, code, path, folder / "out", options.threads)
+                    laps[name].append(Lap(row["seconds"], row["cpu"]))
+                    peaks[f"{method} {name}"] = max(peaks.get(f"{method} {name}", 0.0), row["peak"])
+            for name, of in laps.items():
+                result.add(method, {name: of}, note=f"peak {peaks[f'{method} {name}']:.2f} GB")
+            ours = statistics.median(x.wall for x in laps["temperament"])
+            if not options.quick:
+                result.promise(f"{method}, seconds", ours, at_most=PROMISED[method])
+            if peer:
+                result.promise(
+                    f"{method}, times as fast as mergekit", ratio(laps["mergekit"], laps["temperament"]), at_least=1.0
                 )
-        if a.large:
-            shutil.rmtree(folder / "m0")
-            for i in (1, 2, 3):
-                shutil.rmtree(folder / f"m{i}")
-            count = make(folder, 8 * a.parameters)
-            row = measure(sys.executable, OURS, config(folder, "ties"), folder / "out", a.threads)
-            print(f"ties at {count / 1e6:.0f} M: temperament {row['seconds']:.2f} s, peak {row['peak']:.2f} GB", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                over = peaks[f"{method} temperament"] / peaks[f"{method} mergekit"]
+                result.promise(f"{method}, peak memory over mergekit's", over, at_most=1.0)
+            result.promise(f"{method}, peak memory, GB", peaks[f"{method} temperament"], at_most=0.5)
+        for m in range(4):
+            shutil.rmtree(folder / f"m{m}")
+        many = make(folder, (4 if options.quick else 8) * millions)
+        row = measure(sys.executable, OURS, config(folder, "ties"), folder / "out", options.threads)
+        grown = row["peak"] / peaks["ties temperament"]
+        result.promise(f"ties at {many / 1e6:.0f} M, peak memory over that at {count / 1e6:.0f} M", grown, at_most=1.25)
+    return result

@@ -5,7 +5,12 @@ moves). Compared: what is lost of the retained skills, graft against the whole f
 keeps 95 % of the target. Printed beside it: the largest entries alone, without training the mask.
 """
 
+from dataclasses import replace
+
+from temperament import parts
 from temperament.run.claims import Claim
+from temperament.run.recipe import read
+from temperament.run.scoring import Scorer
 
 TASK = "shift"
 
@@ -20,11 +25,18 @@ def recipe(learn: bool, items: int = 100) -> dict:
         sgd = {"optim.sgd": {"lr": 1e6}}
         mask = {"source": source, "trainable": graft, "batch": 16, "steps": 100, "optimizer": sgd, "clip": None}
         steps += [{"name": "graft", "start": "base", "train": mask}]
-    return {"base": "lab/lm", "steps": steps, "evaluation": {"items": items, "suites": [{"evaluate.lab": {"target": TASK}}]}}
+    suites = [{"evaluate.lab": {"target": TASK}}]
+    return {"base": "lab/lm", "steps": steps, "check": False,
+            "evaluation": {"items": items, "suites": suites, "diagnose": []}}  # fmt: skip
 
 
 def run(seed, lab):
-    return {"method": lab.tune("graft", recipe(True), seed), "baseline": lab.tune("full", recipe(False), seed)}
+    method, baseline = lab.tune("graft", recipe(True), seed), lab.tune("full", recipe(False), seed)
+    made = lab.run("full", replace(read(recipe(False)), seed=seed), seed)
+    largest = parts.build({"merge.sparse_sum": {"density": 0.01}}).merge(made.base, [made.delta])
+    alone = Scorer(made.recipe, made.base, 100, development=False).summary(largest)
+    beside = {"largest_alone_target": alone["target"], "largest_alone_retained": alone["retained"]}
+    return {"method": method, "baseline": baseline | beside}
 
 
 claim = Claim(

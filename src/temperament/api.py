@@ -134,6 +134,21 @@ def dial(
     return found
 
 
+def search(models: Sequence[str], out: str | Path, **how: Any) -> dict[str, Any]:
+    """`run.merge_search.search`, with its trials in OUT/search.json and their front drawn in OUT/search.svg."""
+    from json import dumps
+
+    from temperament.report import picture
+    from temperament.run.merge_search import search as carried_out
+
+    done = carried_out(models, out, **how)
+    drawn = Path(out) / "search.svg"
+    (Path(out) / "search.json").write_text(dumps(done["search"], indent=1), encoding="utf-8")
+    picture.write(picture.search_picture(done["search"]), drawn)
+    done["search"]["picture"] = str(drawn)
+    return done
+
+
 def export(run: str | Path, to: str | Path, as_: str = "merged", *, at: str | float | None = None) -> dict[str, Any]:
     """Write a finished run for others to load. at: a strength, or "best" for the best point of the run's dial."""
     from temperament.run.artefacts import Folder

@@ -209,7 +209,8 @@ class Merge(Protocol):
 
     Most inherit `delta.merging.Blockwise` and state `plan(site)`: the same statement then serves in memory and streamed from
     folders. Optional: `search(base, deltas, score) -> (Delta, what was tried)`, where score(delta) is the mean of the target skills
-    on development items. A merge learned by gradient is a Trainable of this room."""
+    on development items; `fuse(models, batches) -> module` and `inputs(base, models) -> batches`, for models of different origin or a
+    result of another width, held in memory. A merge learned by gradient is a Trainable of this room."""
 
     rooms: ClassVar = ("merge",)
     must: ClassVar = ("merge",)

@@ -165,6 +165,10 @@ def test_diagnose_eval_merge(run, folder, capsys):
     assert measured["skills"][0]["n"] == 5 and measured["ledger"]["skills"][0]["before"] is not None
     made = spoken(capsys, "merge", place, place, "--out", folder / "merged", "--as", "delta")
     assert made["base"] == "lab/lm" and (folder / "merged" / "delta.json").exists()
+    few = ("--suite", "{evaluate.lab: {target: shift, retained: [copy]}}", "--items", "2", "--quiet")
+    made = spoken(capsys, "merge", place, "lab/lm", "--base", "lab/lm", "--out", folder / "m2", *few)
+    assert made["ledger"]["matrix"]["rows"] == ["base", Path(place).name, "lm", "merge"]
+    assert set(made["synergy"]) == {"shift", "copy"}
 
 
 def test_chat_answers_each_line(capsys, monkeypatch):

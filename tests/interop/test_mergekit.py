@@ -1,6 +1,7 @@
 """Equal to mergekit on random checkpoints: the same YAML to both, outputs compared tensor by tensor.
 
-mergekit is run by the Python that has it: this one, or TEMPER_MERGEKIT_PYTHON=/path/to/python.
+mergekit is run by the Python that has it: TEMPER_MERGEKIT_PYTHON=/path/to/python, this one, or .venv-mergekit, which
+`python -m benchmarks.mergekit` makes.
 """
 # ruff: noqa: E501  (a table reads best with a row a line)
 
@@ -19,18 +20,19 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from temperament.run.merging import merge
 
+OWN = Path(__file__).resolve().parents[2] / ".venv-mergekit/bin/python"
+
 
 def mergekit_python():
-    for python in (os.environ.get("TEMPER_MERGEKIT_PYTHON"), sys.executable):
-        if python and subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode == 0:
-            return python
+    for python in (os.environ.get("TEMPER_MERGEKIT_PYTHON"), sys.executable, OWN):
+        there = python and Path(python).exists()
+        if there and subprocess.run([python, "-c", "import mergekit.merge"], capture_output=True).returncode == 0:
+            return str(python)
     return None
 
 
 PYTHON = mergekit_python()
-pytestmark = pytest.mark.skipif(
-    PYTHON is None, reason="mergekit is not installed: set TEMPER_MERGEKIT_PYTHON to a Python that has it"
-)
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="mergekit is not installed: `python -m benchmarks.mergekit` installs it")
 
 W = {"weight": 0.6}
 GRADIENT = [0.1, 1.0, 0.4]

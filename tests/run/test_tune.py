@@ -179,6 +179,10 @@ def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
     for n, w in change(run).items():
         want = W[n].detach() + sum(0.5 * (d[k].change(n).apply(W[n].detach()) - W[n].detach()) for k in "AB")
         assert torch.allclose(w, want, atol=1e-6)
+    more = run.json["steps"][-1]["synergy"]
+    assert set(more) == {"shift", "interleave", "copy"} and all(len(m["parents"]) == 2 for m in more.values())
+    shift = scores["both"]["shift"].mean - (scores["A"]["shift"].mean + scores["B"]["shift"].mean) / 2
+    assert more["shift"]["synergy"] == pytest.approx(shift)
     # a branch that changes changes the merge; another name for it is not looked for
     later = tune(
         recipe(train("A", "shift", steps=3), train("B", "interleave", start="base"), merge, suites=TWO),
@@ -189,6 +193,7 @@ def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
     assert later.ledger.matrix["learned"] == matrix["learned"]
     outside = recipe({"name": "m", "merge": {"method": "merge.linear", "of": [str(tmp_path / "r")]}}, suites=TWO)
     one = tune(outside, tmp_path / "m", base=base)
+    assert one.ledger.matrix["rows"] == ["base", str(tmp_path / "r"), "m"]  # a source from elsewhere has its row too
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(change(one).values(), change(later).values(), strict=True))
     tune(spec, tmp_path / "r", base=base)  # the folder now holds another change
     assert cached(tune(outside, tmp_path / "m", base=base)) == {"m": False}

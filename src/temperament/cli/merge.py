@@ -3,6 +3,7 @@
     temper merge runs/a runs/b --out models/ab
     temper merge runs/a runs/b --method '{merge.linear: {weights: [0.3, 0.7]}}' --out models/ab
     temper merge models/a models/b --base Qwen/Qwen2.5-0.5B --method merge.linear --out models/ab --as delta
+    temper merge runs/a runs/b --method merge.ties --suite '{evaluate.lab: {target: shift}}' --out models/ab
     temper merge mergekit.yml --out models/ab            (a mergekit configuration as it is)
     temper merge merge.yaml --out runs/merged            (a recipe)
     temper merge runs/a runs/b --method '{merge.ties: {density: {search: [0.05, 0.9]}}}' \\
@@ -26,7 +27,7 @@ OPTIONS = (
     Opt("--base", "what they were tuned from", "BASE", shown="what the runs and adapters say"),
     Opt("--as", "merged (a model), adapter or delta", "FORM", default="merged", choices=("merged", "adapter", "delta")),
     Opt("--search", "find the numbers written {search: [low, high]} in --method, by so many trials", "N", int),
-    Opt("--suite", "what --search weighs: skills, a target among them; may stand several times", "SUITE", many=True),
+    Opt("--suite", "skills to measure: what survived of each model, and what --search weighs", "SUITE", many=True),
     Opt("--budget", "what the retained skills may lose, percentage points", "POINTS", float, 0.5),
     Opt("--items", "items a skill in a trial", "N", int, 60),
     Opt("--quiet", "no progress, only the result"),
@@ -49,16 +50,20 @@ def run(a: Any, say: Say) -> dict[str, Any]:
         return done.json | {"out": str(done.folder)}
     method = parse_yaml(a.method, "--method") if a.method.lstrip().startswith("{") else a.method
     if a.search:
-        from temperament.run.merge_search import search
-
         how = {"trials": a.search, "budget": a.budget, "items": a.items, "as_": a.as_}
         with Live(say) as tell:
-            return search(a.models, a.out, method=method, suites=a.suite or [], base=a.base, tell=tell, **how)
-    return api.merge(a.models, a.out, method=method, base=a.base, as_=a.as_)
+            return api.search(a.models, a.out, method=method, suites=a.suite or [], base=a.base, tell=tell, **how)
+    done = api.merge(a.models, a.out, method=method, base=a.base, as_=a.as_)
+    if a.suite:
+        from temperament.run.merge_ledger import ledger
+
+        with Live(say) as tell:
+            done |= ledger(a.models, a.out, suites=a.suite, base=done["base"], items=a.items, tell=tell)
+    return done
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
-    from temperament.cli.views import certified, run_result
+    from temperament.cli.views import certified, place, run_result
 
     if "status" in data:
         run_result(data, say)
@@ -67,4 +72,21 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
             best = data["search"]["best"]
             found = f"target {best['target_change']:+.1f}, retained {best['retained_change']:+.1f} points"
             say.out.print(f"best of {len(data['search']['trials'])}: {best['method']}: {found}")
+            place("picture", data["search"]["picture"], say)
         certified(data["certificate"], data["out"], say)
+        if "synergy" in data:
+            say.out.print()
+            survived(data, say)
+
+
+def survived(data: dict[str, Any], say: Say) -> None:
+    """A line a skill: every model, the merge, and what the merge has over their mean."""
+    from temperament.report import show
+
+    found = data["ledger"]["matrix"]
+    rows = []
+    for k, (skill, unit) in enumerate(zip(found["skills"], found["units"], strict=True)):
+        more = data["synergy"].get(skill)
+        over = show.signed(more["synergy"], unit) if more else ""
+        rows.append([skill, *(show.level(values[k], unit) for values in found["values"]), over])
+    say.table(["skill", *found["rows"], "synergy"], rows, right=tuple(range(1, len(found["rows"]) + 2)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from temperament.report import charts, show, views
+from temperament.report import charts, show, svg, views
 from temperament.report.html import stylesheet
 from temperament.report.svg import el
 
@@ -22,6 +22,18 @@ def compare_picture(compare: Mapping[str, Any], title: str = "Gained against for
     if found is None:
         return None
     chart = Markup(str(found["chart"]).replace("<svg ", '<svg x="10" y="44" width="600" height="428" ', 1))
+    return _page([el("text", title, x=24, y=30, class_="title"), chart], 620, 484, title)
+
+
+def search_picture(search: Mapping[str, Any], title: str = "What the search tried") -> str | None:
+    """The trials of a merge's search and their front; None when none was finished."""
+    at = lambda row: (row["retained_change"] / 100, row["target_change"] / 100)
+    if not search.get("trials"):
+        return None
+    budget = search.get("budget")
+    label = f"{len(search['trials'])} trials, gain against what was kept"
+    chart = str(svg.trials([at(r) for r in search["trials"]], at(search["best"]), label, budget / 100 if budget else None))
+    chart = Markup(chart.replace("<svg ", '<svg x="10" y="44" width="600" height="428" ', 1))
     return _page([el("text", title, x=24, y=30, class_="title"), chart], 620, 484, title)
 
 

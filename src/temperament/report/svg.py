@@ -215,6 +215,37 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return out[::-1]
 
 
+def trials(points: Sequence[tuple[float, float]], best: tuple[float, float], label: str, budget: float | None = None) -> Markup:
+    """What a search tried: kept (right) against gained (up), shares; dashed the front, large what was chosen; left of the budget's
+    line more was lost than wanted."""
+    width, height = 420, 300
+    xs, ys = [p[0] for p in points] + [0.0], [p[1] for p in points] + [0.0]
+    xs += [] if budget is None else [-budget]
+    pad_x, pad_y = (0.08 * ((max(v) - min(v)) or 0.1) for v in (xs, ys))
+    plane = Plane(
+        min(xs) - pad_x, max(xs) + pad_x, min(ys) - pad_y, max(ys) + pad_y, width, height, left=46, right=16, top=26, bottom=46
+    )
+    out = [plane.axes(percent=True, x_percent=True)]
+    out.append(el("text", "gained on the target, points", x=4.0, y=13.0, class_="axis"))
+    out.append(el("text", "change of what it knew, points", x=float(width - 16), y=float(height - 8), class_="axis end"))
+    out.append(el("line", x1=plane.px(0), x2=plane.px(0), y1=float(plane.top), y2=plane.py(plane.y0), class_="zero"))
+    if budget:
+        at = plane.px(-budget)
+        out.append(el("line", x1=at, x2=at, y1=float(plane.top), y2=plane.py(plane.y0), class_="zero"))
+        out.append(el("text", "budget", x=at - 4, y=plane.py(plane.y0) - 6, class_="axis end"))
+    edge = front(points)
+    if len(edge) > 1:
+        out.append(el("polyline", points=" ".join(f"{plane.px(x):.1f},{plane.py(y):.1f}" for x, y in edge), class_="front"))
+    for x, y in points:
+        title = el("title", f"{100 * y:+.1f} gained, {100 * x:+.1f} retained")
+        out.append(el("circle", title, cx=plane.px(x), cy=plane.py(y), r=3.4 if (x, y) in edge else 2.6, class_="seed s0"))
+    x, y = plane.px(best[0]), plane.py(best[1])
+    out.append(marker("", x, y, "method s1", SHAPES[0], "chosen"))
+    left = x > width * 0.62
+    out.append(el("text", "chosen", x=x + (-11 if left else 11), y=y + 4, class_="name s1" + (" end" if left else "")))
+    return drawing(out, label, width, height)
+
+
 def pareto(
     methods: Sequence[tuple[str, Sequence[tuple[float, float]]]], label: str, width: int = 420, height: int = 300
 ) -> Markup:

@@ -60,6 +60,10 @@ def merge(
     """
     if as_ not in ("merged", "adapter", "delta"):
         raise UserError("--as", as_, nearest(as_, ("merged", "adapter", "delta")))
+    if fuses(models, method):
+        from temperament.run.fusing import fuse
+
+        return fuse(models, out, method=method, as_=as_, dtype=dtype, overwrite=overwrite, certificate=certificate)
     plan = planned(models, method, base, dtype)
     if as_ != "merged":
         return _as_delta(plan, out, as_)
@@ -80,6 +84,12 @@ def merge(
     if certificate:
         done["certificate"] = certified(plan, Path(out), threads)
     return done
+
+
+def fuses(models: Any, method: Any) -> bool:
+    """Does the method make a new model of several of any origin, rather than a change of their base?"""
+    document = isinstance(models, Mapping) or str(models).endswith((".yml", ".yaml"))
+    return not document and hasattr(parts.build(method, Merge, "--method"), "fuse")
 
 
 def planned(models: Any, method: Any = "merge.linear", base: str | None = None, dtype: str | None = None) -> Plan:

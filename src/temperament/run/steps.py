@@ -27,6 +27,7 @@ from temperament.run.memory import watch as peak_memory
 from temperament.run.recipe import unrolled
 from temperament.run.skills import Book, Skills, Tell, taught_by
 from temperament.run.state import State, chain, place_on
+from temperament.run.synergy import synergy
 from temperament.run.training import run_train
 from temperament.train.checkpoint import write_atomic
 from temperament.train.context import Context
@@ -97,8 +98,12 @@ class Steps:
         if step.train:
             self.book.learned |= dict.fromkeys(taught_by(spec.source, self.skills), step.name)
         if step.ledger and self.skills.skills and step.kind != "build":
+            sources = self.measure_sources(job) if step.merge else []
             place_on(self.base, state)
             self.book.measure(step.name, self.skills, job.place / "outcomes.json", state.key)
+            if step.merge:
+                rows = self.book.rows
+                self.done[-1]["synergy"] = synergy(rows[step.name], [rows[n] for n in sources if n in rows])
         self.after(self)
         return state
 
@@ -137,15 +142,8 @@ class Steps:
         return whole, told | {"digest": whole.digest}
 
     def do_merge(self, job: Job) -> tuple[Delta, dict[str, Any]]:
-        from temperament.run.export import delta_of
-
+        method, tried, deltas = job.spec.method, {}, list(self.sources(job).values())
         self.base.reset()
-        known, method, tried = self.scope(job.step.name), job.spec.method, {}
-        names = self.merged(job.spec, known)
-        deltas = [known[n].delta if n in known else delta_of(n, self.base) for n in names]
-        if not deltas or any(d is None for d in deltas):
-            mend = "each must have changed the base; name train steps, runs or adapters"
-            raise UserError(f"{job.step.name}.merge.of", names, mend)
         if hasattr(method, "search"):  # it looks at development items
             from temperament.run.scoring import scorer
 
@@ -153,6 +151,29 @@ class Steps:
         else:
             merged = method.merge(self.base, deltas)
         return self.keep(job, merged), {"digest": merged.digest, "tried": tried}
+
+    def sources(self, job: Job) -> dict[str, Delta]:
+        """What a merge merges, by name: steps of this recipe; runs, adapters and folders."""
+        from temperament.run.export import delta_of
+
+        self.base.reset()
+        known = self.scope(job.step.name)
+        names = self.merged(job.spec, known)
+        found = {n: known[n].delta if n in known else delta_of(n, self.base) for n in names}
+        if not found or any(d is None for d in found.values()):
+            mend = "each must have changed the base; name train steps, runs or adapters"
+            raise UserError(f"{job.step.name}.merge.of", names, mend)
+        return found
+
+    def measure_sources(self, job: Job) -> list[str]:
+        """A row of the ledger for each source of a merge that has none, as it is no step of this recipe; the names of all."""
+        sources, known = self.sources(job), self.scope(job.step.name)
+        for name, delta in sources.items():
+            if name not in known:
+                key = address("source", file_sha(name))
+                place_on(self.base, State(key, delta))
+                self.book.measure(name, self.skills, self.folder.step(name) / "outcomes.json", key)
+        return list(sources)
 
     def do_build(self, job: Job) -> tuple[None, dict[str, Any]]:
         place_on(self.base, job.start)
