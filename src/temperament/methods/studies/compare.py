@@ -15,9 +15,7 @@ class Arm:
     """One method of a comparison: what it trains, and its own rates."""
 
     trainable: list[Trainable]  # what is updated
-    rates: list[float] = field(
-        default_factory=list
-    )  # learning rates tried on the first seed, the best kept; empty: the recipe's times the method's own factor
+    rates: list[float] = field(default_factory=list)  # tried on the first seed; empty: the recipe's times the method's factor
 
 
 @part("studies.compare")
