@@ -1,8 +1,8 @@
 """[144] MCTS-DPO: preferences between single steps, found by tree search, teach more than preferences between whole answers.
 
 Task: sums told as a story, answered in steps; the lab base early in its training gets half of them right. Both arms sample from
-the policy as it stands for the same questions, judge by the last number, and take as many updates of DPO on as many pairs, each
-at its own best rate: pairs of sibling steps from a tree, or the best and the worst of whole answers (a tree of depth 1).
+the policy as it stands for the same questions, about as many tokens in all, judge by the last number, and learn by DPO, each at
+its own best rate: from pairs of sibling steps of a tree, or from the best and the worst of whole answers (a tree of depth 1).
 Compared: held-out accuracy.
 """
 
@@ -18,7 +18,7 @@ TREES = {
     "answers": {"actions": 8, "root_actions": 8, "depth": 1, "iterations": 64, "first": 1},  # all 8 are visited
 }
 
-UPDATES = {"steps": 40, "answers": 28}  # so that both draw about as many tokens (`sampled`); the trees yield more pairs of them
+UPDATES = {"steps": 40, "answers": 28}  # so that both draw about as many tokens; trees give more pairs for them
 
 
 def recipe(arm: str, rate: float) -> dict:
@@ -55,8 +55,8 @@ claim = Claim(
     parts=("rollout.mcts_steps", "objectives.preference.dpo"),
     measure="target",
     better="higher",
-    baseline="DPO on the best and worst of whole answers to the same questions, as many pairs, its own best rate",
+    baseline="DPO on the best and worst of whole answers to the same questions, as many sampled tokens, its own best rate",
     seeds=(0, 1, 2, 3, 4),
     run=run,
-    note="`sampled` is what each arm drew: the baseline draws at least as many tokens",
+    note="`sampled`: tokens each arm drew; a tree gives more pairs for them, so it takes 40 updates and the baseline 28",
 )

@@ -9,9 +9,9 @@
     N         visits, the one under way counted; every visit of an inner node goes on to one of its children
     commit    to the child of most visits (times 1 + the spread of its own children's visits), then by Q, then by V
 
-There is no random roll-out: each iteration goes down to a terminal node, expanding what it meets. After `iterations` of them
-(at the root `first` times as many) the search commits to a child and goes on from there. An action, its prior p, the value v and
-whether it is terminal come from whoever expands. Source: Silver et al. 2017; in this form Xie et al. 2024 (paper 144).
+There is no random roll-out: an iteration goes down to a terminal node, expanding what it meets. After `iterations` of them (at
+the root `first` times as many) the search commits to a child and goes on from there. Whoever expands gives the actions, their
+prior p, the value v and whether a node is terminal. Source: Silver et al. 2017; in this form Xie et al. 2024 (paper 144).
 """
 
 from __future__ import annotations
