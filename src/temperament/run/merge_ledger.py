@@ -13,8 +13,8 @@ from temperament.run import recipe as schema
 from temperament.run.evaluate import _measure, suite
 from temperament.run.ledger import Ledger
 from temperament.run.reopen import subject
+from temperament.run.skills import skills_of
 from temperament.run.synergy import synergy
-from temperament.run.tune import skills_of
 
 
 def ledger(

@@ -111,7 +111,7 @@ class LoRA:
 
     rank: int = 16  # width of the product
     alpha: float | None = None  # strength; default: 2 * rank
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # roles (q, mlp), module names, all-linear, a regex
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # roles (q, v, mlp), module names, all-linear, regex
     rank_stabilised: bool = False  # s = alpha / sqrt(rank): high ranks keep their strength
     dropout: float = 0.0  # share of the adapter's input dropped while training
     lr_factor_B: float = 1.0  # rate of B over the rate of A (LoRA+: 16)

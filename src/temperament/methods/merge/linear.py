@@ -23,7 +23,7 @@ class Linear(Blockwise):
     arithmetic).
     """
 
-    weights: list[Any] = field(default_factory=list)  # one a model: number, gradient over depth, rules by name; empty: alike
+    weights: list[Any] = field(default_factory=list)  # one a model (number, gradient over depth, rules); empty: all alike
     normalise: bool = True  # divide by the sum of the weights
     scale: Setting = 1.0  # strength of the sum
     of: Literal["changes", "weights"] = "changes"  # what is summed
