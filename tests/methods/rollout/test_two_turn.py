@@ -149,7 +149,7 @@ def test_killed_in_either_phase_it_goes_on_to_the_same_bits(tmp_path):
     rows = {"data.lab": {"skills": ["add"], "rows": 12}}
     asked = {"prompts": rows, "rewards": ["rewards.lab"], "group": 2, "max_new": 4}
     train = {"steps": 2, "batch": 8, "save": {"steps": 1}, "optimizer": {"optim.adamw": {"lr": 1e-4}}}
-    phase = lambda name, alpha, credit, beta: {"name": name, "train": {
+    phase = lambda name, alpha, credit, beta: {"name": name, "ledger": alpha > 0, "train": {
         "source": {"rollout.two_turn": {**asked, "alpha": alpha}},
         "objective": {"objectives.policy.score": {"credit": credit, "beta": beta}}, **train}}  # fmt: skip
     document = recipe(phase("one", 0.0, [0.0, 1.0], [0.1, 0.01]), phase("two", 2.0, [1.0, 1.0], [0.01, 0.01]), base="lab/lm@half")
@@ -175,4 +175,4 @@ def test_the_preset_is_a_recipe():
     steps = {s.name: s for s in read("recipes/score.yaml").steps}
     one, two = steps["hold"].train, steps["both"].train
     assert one.objective.credit == [0.0, 1.0] and one.objective.beta[0] > two.objective.beta[0] and two.source.alpha > 0
-    assert read("recipes/score.yaml").inference[0].again == two.source.again == steps["pairs"].build.builder.again
+    assert one.source.again == two.source.again == steps["pairs"].build.builder.again
