@@ -1,5 +1,7 @@
 """`python -m temperament` is `temper`."""
 
+import sys
+
 from temperament.cli import main
 
-main()
+sys.exit(main())
