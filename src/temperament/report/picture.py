@@ -32,7 +32,7 @@ def search_picture(search: Mapping[str, Any], title: str = "What the search trie
         return None
     budget = search.get("budget")
     label = f"{len(search['trials'])} trials, gain against what was kept"
-    chart = str(svg.trials([at(r) for r in search["trials"]], at(search["best"]), label, budget / 100 if budget else None))
+    chart = str(svg.trials([at(r) for r in search["trials"]], at(search["best"]), label, (budget or 0.0) / 100))
     chart = Markup(chart.replace("<svg ", '<svg x="10" y="44" width="600" height="428" ', 1))
     return _page([el("text", title, x=24, y=30, class_="title"), chart], 620, 484, title)
 

@@ -215,12 +215,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return out[::-1]
 
 
-def trials(points: Sequence[tuple[float, float]], best: tuple[float, float], label: str, budget: float | None = None) -> Markup:
-    """What a search tried: kept (right) against gained (up), shares; dashed the front, large what was chosen; left of the budget's
+def trials(points: Sequence[tuple[float, float]], best: tuple[float, float], label: str, budget: float = 0.0) -> Markup:
+    """What a search tried: kept (right) against gained (up); dashed the front, large what was chosen; left of the budget's
     line more was lost than wanted."""
     width, height = 420, 300
     xs, ys = [p[0] for p in points] + [0.0], [p[1] for p in points] + [0.0]
-    xs += [] if budget is None else [-budget]
+    xs += [-budget]
     pad_x, pad_y = (0.08 * ((max(v) - min(v)) or 0.1) for v in (xs, ys))
     plane = Plane(
         min(xs) - pad_x, max(xs) + pad_x, min(ys) - pad_y, max(ys) + pad_y, width, height, left=46, right=16, top=26, bottom=46
