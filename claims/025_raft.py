@@ -1,6 +1,6 @@
 """[025] Reward-ranked fine-tuning: a higher reward at less damage than policy gradients.
 
-Task: sums of three digits in the head, which the lab base half knows, rewarded by a verifier. RAFT keeps the best of eight
+Task: sums of three digits in the head, of which the half-trained lab base knows a fifth, rewarded by a verifier. RAFT keeps the best of eight
 responses and trains on them; the baseline is REINFORCE with a group baseline (GRPO, unclipped on-policy) on as many samples,
 each at its own best rate. Compared: held-out accuracy; divergence beside it.
 """
@@ -27,7 +27,7 @@ def recipe(arm: str, rate: float) -> dict:
     train = {"source": source, "objective": objective, "optimizer": optimizer, "batch": batch, "micro": 64, "steps": steps}
     suite = {"evaluate.lab": {"target": "add3", "retained": ["add", "subtract", "sort", "people"]}}
     return {
-        "base": "lab/lm",
+        "base": "lab/lm@half",
         "steps": [{"name": arm, "train": train}],
         "evaluation": {"items": 100, "keep": False, "suites": [suite]},
     }

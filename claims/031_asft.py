@@ -1,6 +1,6 @@
 """[031] Anchored supervised fine-tuning: on noisy demonstrations, better than SFT and than DFT, without DFT's drift.
 
-Task: sums of three digits in the head, which the lab base half knows; one demonstration in five is wrong. Each objective at its
+Task: sums of three digits in the head, of which the half-trained lab base knows a fifth; one demonstration in five is wrong. Each objective at its
 own best rate, equal steps. Compared: held-out accuracy, against the better of SFT and DFT.
 """
 
@@ -31,7 +31,7 @@ def demonstrations(folder, seed: int, rows: int = 1000, noise: float = 0.2) -> s
 
 def recipe(objective, rate: float, path: str) -> dict:
     return {
-        "base": "lab/lm",
+        "base": "lab/lm@half",
         "steps": [
             {
                 "name": "sft",

@@ -1,6 +1,6 @@
 """[213] ReFT: after a warm-up, PPO on the same questions teaches more than going on with SFT on them.
 
-Task: sums of three digits in the head, which the lab base half knows; 400 questions with their answers. Both arms begin with
+Task: sums of three digits in the head, of which the half-trained lab base knows a fifth; 400 questions with their answers. Both arms begin with
 the same warm-up; then PPO with a critic, rewarded 1 / 0.1 / 0, or as many further updates of SFT, each at its own best rate.
 Compared: held-out accuracy.
 """
@@ -43,7 +43,7 @@ def recipe(arm: str, rate: float) -> dict:
             "players": {"critic": critic},
         }
     steps = [warm, {"name": arm, "train": then}]
-    return {"base": "lab/lm", "steps": steps, "evaluation": {"items": 100, "keep": False, "suites": [SUITE]}}
+    return {"base": "lab/lm@half", "steps": steps, "evaluation": {"items": 100, "keep": False, "suites": [SUITE]}}
 
 
 def run(seed, lab):

@@ -53,14 +53,16 @@ def digits(x: float) -> str:
     if abs(x) >= 1e6 or abs(x) < 1e-3:
         mantissa, exponent = f"{x:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
-    text = f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:#.3g}".rstrip(".")
-    return text.replace("-", MINUS)
+    return f"{x:,.0f}".replace("-", MINUS) if abs(x) >= 100 else f"{x:.3g}".replace("-", MINUS)
 
 
 def level(x: float | None, unit: str = "points") -> str:
     if x is None:
         return "–"
-    return f"{_short(100 * x)} %" if unit == "points" else digits(x) + (f" {unit}" if unit else "")
+    if unit == "points":
+        return f"{_short(100 * x)} %"
+    text = f"{x:#.3g}".replace("-", MINUS) if 0.01 <= abs(x) < 100 else digits(x)  # 3.00 beside 3.01
+    return text + (f" {unit}" if unit else "")
 
 
 def signed(x: float | None, unit: str = "points") -> str:

@@ -216,7 +216,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def trials(points: Sequence[tuple[float, float]], best: tuple[float, float], label: str, budget: float = 0.0) -> Markup:
-    """What a search tried: kept (right) against gained (up), shares; dashed the front, large what was chosen; left of the budget's
+    """What a search tried: kept (right) against gained (up); dashed the front, large what was chosen; left of the budget's
     line more was lost than wanted."""
     width, height = 420, 300
     xs, ys = [p[0] for p in points] + [0.0], [p[1] for p in points] + [0.0]
