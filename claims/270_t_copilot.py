@@ -1,8 +1,8 @@
 """[270] Transformer Copilot: a second model that learned from the log of the first one's mistakes corrects it while decoding.
 
-Task: a new operator, a # b = a + 2 b, stopped while the pilot still makes mistakes. The copilot changes nothing in the pilot's training
-(clip: null), so the arms differ by what is added while decoding. Compared: held-out accuracy of pilot and copilot against the
-pilot alone, each at its own best rate. Beside it the pilot alone with twice the updates, more than the copilot costs.
+Task: a new operator, a # b = a + 2 b, stopped while the pilot still errs. The copilot changes nothing in the training of
+the pilot (clip: null), so the arms differ by what is added while decoding. Compared: held-out accuracy of pilot and copilot
+against the pilot alone, each at its own best rate. Beside it the pilot alone with twice the updates, more than a copilot costs.
 """
 
 from temperament.run.claims import Claim
