@@ -29,7 +29,7 @@ def imported(folder: str) -> set[str]:
 
 def test_what_the_package_imports_is_what_it_asks_for():
     asked = {Requirement(r).name for r in PROJECT["dependencies"]}
-    optional = EXTRAS["data"] | EXTRAS["images"] | EXTRAS["search"]
+    optional = EXTRAS["data"] | EXTRAS["images"] | EXTRAS["merge"] | EXTRAS["search"]
     assert asked <= imported("src") <= asked | optional and optional <= imported("src")
 
 
@@ -42,7 +42,7 @@ def test_the_tests_and_benchmarks_find_what_they_import():
 
 def test_the_doctor_knows_every_extra():
     assert set(doctor.EXTRAS) == set(EXTRAS) - {"dev"}
-    assert EXTRAS["data"] | EXTRAS["images"] | EXTRAS["search"] <= EXTRAS["test"]
+    assert EXTRAS["data"] | EXTRAS["images"] | EXTRAS["merge"] | EXTRAS["search"] <= EXTRAS["test"]
 
 
 def test_what_is_missing_is_said_and_is_no_problem(monkeypatch):

@@ -285,7 +285,7 @@ def test_parts_and_doctor(capsys):
     [
         ({"base": "no/such/folder"}, "base"),
         ({"stesp": []}, "did you mean 'steps'?"),
-        ({"base": "lab/ml"}, "did you mean 'lab/lm'?"),
+        ({"base": "lab/ml"}, "did you mean 'lab/lm'"),
         ({"seed": "zero"}, "seed"),
         ({"steps": [{"train": {"source": {"data.file": {"path": "missing.jsonl"}}, "steps": 1}}]}, "missing.jsonl"),
         (

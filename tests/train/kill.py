@@ -1,4 +1,4 @@
-"""Kill a training at random moments and resume it: the digest must be that of the undisturbed run.
+"""Kill a recipe at random moments and resume it: the digest must be that of the undisturbed run.
 
     python -m tests.train.kill 20            20 moments for each of SFT, DPO and GRPO; one JSON line each, exit 1 if any differs
 
@@ -16,98 +16,56 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from temperament.methods.adapters.lora import LoRA
-from temperament.methods.objectives.policy.grpo import GRPO
-from temperament.methods.objectives.preference.dpo import DPO
-from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
-from temperament.methods.optim.adamw import AdamW
-from temperament.methods.regularizers.kl import KL
-from temperament.methods.schedules.linear import Linear
-from temperament.methods.select.half import Half
-from temperament.nn import draws
-from temperament.nn.batch import Rollout, Tokens
-from temperament.nn.logprobs import label, score
-from temperament.run.artefacts import Folder
-from temperament.run.recipe import Save, Train
-from temperament.run.training import run_train
-from tests.train.rows import Rows, base_of, context
+from temperament.run.tune import tune
 
 STEPS = 24
-
-
-@dataclass(frozen=True)
-class Sampled(Rows):
-    """Responses sampled from the policy as it stands: every later batch depends on every step before it."""
-
-    yields: ClassVar = ("Rollout",)
-
-    def open(self, ctx):
-        return _Sampling(self, ctx)
-
-
-class _Sampling:
-    def __init__(self, rows: Rows, ctx: Any):
-        self.rows, self.ctx, self.best = rows, ctx, torch.zeros(1)
-
-    @torch.no_grad()
-    def batch(self, step: int, progress: Any = None) -> Rollout:
-        start = self.rows.make(self.ctx.batch, step)
-        ids, examples = start.ids.clone(), start.examples
-        for t in range(3, 8):
-            logits = self.ctx.live.model(input_ids=ids[:, :t], use_cache=False).logits[:, -1]
-            u = draws.uniform(self.ctx.seed, "kill/sample", step, examples[:, 0], t)
-            ids[:, t] = (logits.softmax(-1).cumsum(-1) < u[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
-        ids, t = ids[:, :8], torch.arange(8)
-        one = Tokens(ids, (t >= 3).float().expand(len(ids), -1), torch.zeros_like(ids), examples[:, :1].expand(-1, 8).clone())
-        rewards = (ids[:, 3:] % 7 == 0).float().sum(1) - self.best * 0.01
-        return Rollout(one, score(self.ctx.live.model, one, label())["label"], rewards, torch.arange(len(ids)) // 4)
-
-    def feedback(self, batch, trace):
-        """A state of its own, which must be in the checkpoint."""
-        self.best = torch.maximum(self.best, batch[0].rewards.max()[None])
-        return {"best": float(self.best)}
-
-    def state_dict(self):
-        return {"tensors": {"best": self.best}, "json": {"seen": True}}
-
-    def load_state_dict(self, state):
-        assert state["json"] == {"seen": True}
-        self.best = state["tensors"]["best"]
-
-
-RECIPES: dict[str, Callable[[], Train]] = {
-    "sft": lambda: Train(
-        Rows(),
-        CrossEntropy(),
-        [Half()],
-        AdamW(Linear(start=3e-3, end=1e-4)),
-        [KL(0.1)],
-        steps=STEPS,
-        batch=8,
-        micro=4,
-        ema=0.9,
-        keep="ema",
-    ),
-    "dpo": lambda: Train(Rows("Pairs"), DPO(), [LoRA(rank=2, dropout=0.1)], AdamW(3e-3), steps=STEPS, batch=4, micro=4),
-    "grpo": lambda: Train(Sampled(), GRPO(beta=0.02), [LoRA(rank=2)], AdamW(3e-3), steps=STEPS, batch=8, micro=8),
+LAB = {"data.lab": {"skills": ["copy", "reverse"], "rows": 64}}
+RATE = {"optim.adamw": {"lr": {"schedules.linear": {"start": 3e-3, "end": 1e-4}}}}
+TRAIN: dict[str, dict[str, Any]] = {
+    "sft": {
+        "source": LAB,
+        "trainable": "select.half",
+        "optimizer": RATE,
+        "regularizers": [{"regularizers.kl": {"weight": 0.1}}],
+        "batch": 8,
+        "micro": 4,
+        "ema": 0.9,
+        "keep": "ema",
+    },
+    "dpo": {
+        "source": {"data.lab": {**LAB["data.lab"], "pairs": True}},
+        "objective": "objectives.preference.dpo",
+        "trainable": [{"adapters.lora": {"rank": 2, "dropout": 0.1}}],
+        "optimizer": RATE,
+        "batch": 4,
+    },
+    "grpo": {
+        "source": {"rollout.sample": {"prompts": LAB, "rewards": ["rewards.lab"], "group": 4, "max_new": 6}},
+        "objective": {"objectives.policy.grpo": {"beta": 0.02}},
+        "trainable": [{"adapters.lora": {"rank": 2}}],
+        "optimizer": RATE,
+        "batch": 8,
+    },
 }
 
 
+def recipe(which: str, every: int) -> dict[str, Any]:
+    """A checkpoint each `every` steps; what the run leaves is compared, not what it can do."""
+    spec = {**TRAIN[which], "steps": STEPS, "save": {"seconds": 1e9, "steps": every}}
+    evaluation = {"base": False, "keep": False, "suites": [{"evaluate.lab": {"retained": ["copy"], "items": 1}}]}
+    steps = [{"name": "step", "train": spec, "ledger": False}]
+    return {"base": "lab/lm-small", "steps": steps, "evaluation": evaluation, "check": False}
+
+
 def work(which: str, folder: Path, every: int = 5, slow: float = 0.0) -> str:
-    """One run (or the rest of it) in `folder`; the digest of what was trained. slow: seconds each step takes at least."""
-    spec = replace(RECIPES[which](), save=Save(seconds=1e9, steps=every))
-    base = base_of("llama_tied")
-    ctx = context(base, batch=spec.batch, micro=spec.micro)
+    """One run (or the rest of it) in `folder`; the digest of what it left. slow: seconds each step takes at least."""
     tell = lambda event, **data: time.sleep(slow) if event == "step" else None
-    folder.mkdir(exist_ok=True)
-    return run_train(spec, ctx, Folder(folder), "step", which, lambda live, items: {}, tell).delta.digest
+    return tune(recipe(which, every), folder, resume=(folder / "run.json").exists(), tell=tell).delta.digest
 
 
 def child(*args: Any) -> int:
@@ -176,7 +134,7 @@ def trials(which: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def main(n: int = 20, recipes: list[str] | None = None, seed: int = 0) -> int:
     wrong = 0
-    for which in recipes or list(RECIPES):
+    for which in recipes or list(TRAIN):
         found = trials(which, n, seed)
         wrong += sum(not t["same"] for t in found)
         moments = [k["kept"] for t in found for k in t["kills"]]

@@ -7,19 +7,48 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from temperament.errors import Interrupted, WorkFailed
+from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
+from temperament.methods.optim.adamw import AdamW
+from temperament.methods.regularizers.kl import KL
+from temperament.methods.schedules.linear import Linear
+from temperament.methods.select.half import Half
 from temperament.protocols import Term
 from temperament.run.artefacts import Folder
+from temperament.run.recipe import Save, Train
 from temperament.run.training import run_train
 from temperament.train import checkpoint
 from tests.train import kill
-from tests.train.rows import base_of, context
+from tests.train.rows import Rows, base_of, context
+
+SPEC = Train(
+    Rows(),
+    CrossEntropy(),
+    [Half()],
+    AdamW(Linear(start=3e-3, end=1e-4)),
+    [KL(0.1)],
+    steps=kill.STEPS,
+    batch=8,
+    micro=4,
+    ema=0.9,
+    keep="ema",
+    save=Save(seconds=1e9, steps=5),
+)
 
 
-@pytest.mark.parametrize("which", list(kill.RECIPES))
+def work(spec: Train, folder) -> str:
+    """One train step on a tiny model (or the rest of it): the digest of what was trained."""
+    base = base_of("llama_tied")
+    ctx = context(base, batch=spec.batch, micro=spec.micro)
+    folder.mkdir(exist_ok=True)
+    return run_train(spec, ctx, Folder(folder), "step", "sft", lambda live, items: {}, lambda *a, **k: None).delta.digest
+
+
+@pytest.mark.parametrize("which", list(kill.TRAIN))
 def test_killed_at_random_moments(which):
     found = kill.trials(which, 3, seed=os.getpid())
     assert all(t["same"] for t in found), found
@@ -54,36 +83,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, which, blow):
 
 
 def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(tmp_path):
-    class Bad(type(kill.RECIPES["sft"]().objective)):
+    class Bad(CrossEntropy):
         def loss(self, micro, views):
             term = super().loss(micro, views)["nll"]
             return {"nll": Term(term.value * (float("inf") if views.progress.step == 13 else 1.0), term.count)}
 
-    from dataclasses import replace
-
-    from temperament.run.recipe import Save
-
-    spec = replace(kill.RECIPES["sft"](), objective=Bad(), save=Save(seconds=1e9, steps=5))
-    base = base_of("llama_tied")
-    ctx = context(base, batch=spec.batch, micro=spec.micro)
-    (tmp_path / "run").mkdir()
+    spec = replace(SPEC, objective=Bad())
     with pytest.raises(WorkFailed, match=r"became inf at step 14; rows .*--resume") as problem:
-        run_train(spec, ctx, Folder(tmp_path / "run"), "step", "sft", lambda live, items: {}, lambda *a, **k: None)
+        work(spec, tmp_path / "run")
     assert problem.value.exit_code == 1
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints" / "step")[0]["step"] == 10
-    assert not any("_pieces" in m.__dict__ for m in base.model.modules())
     # Mended, it goes on from there to the digest of a run in which nothing happened.
-    assert kill.work("sft", tmp_path / "run") == kill.work("sft", tmp_path / "whole")
+    assert work(SPEC, tmp_path / "run") == work(SPEC, tmp_path / "whole")
 
 
 def test_best_and_stop_survive_a_resume(tmp_path):
     """`keep: best` leaves the version of the best look, also when that was before a resume."""
-    from dataclasses import replace
-
-    from temperament.run.recipe import Save
-
     values = {4: 0.2, 8: 0.9, 12: 0.3, 16: 0.4, 20: 0.1, 24: 0.0}
-    spec = replace(kill.RECIPES["sft"](), keep="best", save=Save(seconds=1e9, steps=10))
+    spec = replace(SPEC, keep="best", save=Save(seconds=1e9, steps=10))
 
     def go(folder, until=99):
         base, looked = base_of("llama_tied"), {}

@@ -20,7 +20,7 @@ VERBS = {
     "Make": {
         "new": "Write a complete, commented recipe.",
         "tune": "Carry out a recipe, and show what was gained and what was lost.",
-        "compare": "Train several methods to the same gain and compare what each one lost.",
+        "compare": "Train several methods to the same gain and compare what each one lost; or carry out a study.",
         "merge": "Merge several tuned models into one.",
         "extract": "Make a small adapter or delta from any two checkpoints, to a stated rank, share or error.",
         "dial": "Find how much of a finished change to use, without training again.",

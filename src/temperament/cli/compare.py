@@ -1,4 +1,4 @@
-"""Train several methods to the same gain and compare what each one lost; or carry out the study a recipe describes.
+"""Train several methods to the same gain and compare what each one lost; or carry out a study.
 
     temper compare recipe.yaml --methods select.full,select.half,adapters.lora
     temper compare recipe.yaml --methods select.full,adapters.lora --seeds 0,1,2 --out runs/compare

@@ -17,6 +17,7 @@ SHOWN = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "pe
 EXTRAS = {
     "data": "Parquet files and Hugging Face datasets",
     "images": "folders of images",
+    "merge": "merging models of different origin (merge.pleas)",
     "search": "temper merge --search",
     "test": "make test",
     "bench": "make bench",
