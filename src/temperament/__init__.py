@@ -6,7 +6,8 @@
     run.ledger.verdict, run.delta, run.model
     tp.generate(run, "2+2=")
 
-Each name is what the verb of the same name does (`temper VERB --help`); all are loaded when they are first used.
+Each name is what the verb of the same name does (`temper VERB --help`); all are loaded when they are first used. `tp.evaluate`
+and `tp.look` are `tp.eval` and `tp.data` for those who would rather not hide a built-in or a variable.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from temperament import parts
     from temperament.api import (
+        chat,
         check,
         claim,
         compare,
@@ -28,37 +30,67 @@ if TYPE_CHECKING:
         look,
         merge,
         plan,
+        search,
         tune,
     )
     from temperament.bases.load import load
     from temperament.parts import part
+    from temperament.run.doctor import doctor
+    from temperament.run.extract import extract
+    from temperament.run.new import write as new
     from temperament.run.recipe import Recipe
 
-_WHERE = {
-    **dict.fromkeys(
-        ("tune", "compare", "plan", "check", "evaluate", "generate", "merge", "dial", "diagnose", "export", "claim", "look"),
-        "temperament.api",
-    ),
-    "Recipe": "temperament.run.recipe",
-    "load": "temperament.bases.load",
-    "part": "temperament.parts",
+    data, eval = look, evaluate
+
+_HERE = [
+    "tune",
+    "compare",
+    "plan",
+    "check",
+    "evaluate",
+    "generate",
+    "chat",
+    "merge",
+    "search",
+    "dial",
+    "diagnose",
+    "export",
+    "claim",
+    "look",
+]
+_WHERE = {name: f"temperament.api:{name}" for name in _HERE} | {
+    "eval": "temperament.api:evaluate",
+    "data": "temperament.api:look",
+    "extract": "temperament.run.extract:extract",
+    "new": "temperament.run.new:write",
+    "doctor": "temperament.run.doctor:doctor",
+    "Recipe": "temperament.run.recipe:Recipe",
+    "load": "temperament.bases.load:load",
+    "part": "temperament.parts:part",
 }
 __all__ = [
     "Recipe",
+    "chat",
     "check",
     "claim",
     "compare",
+    "data",
     "diagnose",
     "dial",
+    "doctor",
+    "eval",
     "evaluate",
     "export",
+    "extract",
     "generate",
     "load",
     "look",
     "merge",
+    "new",
     "part",
     "parts",
     "plan",
+    "search",
     "tune",
 ]
 
@@ -68,7 +100,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("temperament.parts")
     if name not in _WHERE:
         raise AttributeError(f"module 'temperament' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    module, _, attribute = _WHERE[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
 

@@ -15,7 +15,7 @@ from temperament.errors import TemperError, UserError
 from temperament.run import recipe as schema
 from temperament.run.diagnose import diagnose
 from temperament.run.evaluate import evaluate
-from temperament.run.generate import generate
+from temperament.run.generate import chat, generate
 from temperament.run.merging import merge
 from temperament.run.tune import Run
 from temperament.run.tune import tune as carry_out
@@ -222,4 +222,19 @@ def claim(paper: str | None = None, **how: Any) -> Any:
     return claims.listed() if paper is None else claims.carry_out(paper, **how)
 
 
-__all__ = ["check", "claim", "compare", "diagnose", "dial", "evaluate", "export", "generate", "look", "merge", "plan", "tune"]
+__all__ = [
+    "chat",
+    "check",
+    "claim",
+    "compare",
+    "diagnose",
+    "dial",
+    "evaluate",
+    "export",
+    "generate",
+    "look",
+    "merge",
+    "plan",
+    "search",
+    "tune",
+]

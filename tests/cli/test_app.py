@@ -110,6 +110,7 @@ def test_python_api_is_lazy_and_whole():
 
     for name in tp.__all__:
         assert getattr(tp, name) is not None and name in dir(tp)
+    assert set(cli.ALL) <= set(tp.__all__), "every verb has a name in Python"
     with pytest.raises(AttributeError):
         _ = tp.no_such_name
     assert app.MEMORY["learning-rate"] == "lr"

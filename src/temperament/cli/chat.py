@@ -43,15 +43,12 @@ def run(a: Any, say: Say) -> dict[str, Any]:
             continue
         if not said:
             continue
-        messages = [*messages, {"role": "user", "content": said}]
-        answer = api.generate(
-            model, messages, temperature=a.temperature, max_new=a.max_new, top_p=a.top_p, seed=a.seed + len(messages)
-        )[0]["outputs"][0]["text"].strip()
-        messages = [*messages, {"role": "assistant", "content": answer}]
+        how = {"temperature": a.temperature, "max_new": a.max_new, "top_p": a.top_p, "seed": a.seed + len(messages) + 1}
+        messages = api.chat(model, said, messages, **how)
         if not a.json:
             from temperament.report.show import clean
 
-            say.out.print(str(clean(answer)), soft_wrap=True, markup=False)
+            say.out.print(str(clean(messages[-1]["content"])), soft_wrap=True, markup=False)
     return {"model": a.model, "messages": messages}
 
 

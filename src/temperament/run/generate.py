@@ -70,6 +70,16 @@ def generate(
     return [{"prompt": p, "outputs": outputs[i * n : (i + 1) * n]} for i, p in enumerate(prompts)]
 
 
+def chat(model: Any, said: str, messages: Messages = (), **how: Any) -> Messages:
+    """The conversation with what was said and the model's answer: give it back as `messages` to go on. how: as
+    of `generate`."""
+    base = subject(model, how.pop("device", "auto"))
+    needs_template(base)
+    told = [*messages, {"role": "user", "content": said}]
+    answer = generate(base, told, **{"max_new": 256} | how)[0]["outputs"][0]["text"].strip()
+    return [*told, {"role": "assistant", "content": answer}]
+
+
 def as_chat(prompt: str, system: str | None = None) -> Messages:
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
 
