@@ -175,19 +175,22 @@ def look(
     from temperament.bases.load import load
     from temperament.engine.describe import describe
     from temperament.engine.rows import read_rows
+    from temperament.methods.data.folder_images import FolderImages, as_read, holds_images
     from temperament.run.generate import needs_tokenizer
 
     if n < 0:
         raise UserError("--n", n, "give 0 or more")
     tokenizer = needs_tokenizer(base if isinstance(base, Base) else load(base, field="--base"))
-    rows = read_rows(data, on_bad="skip" if skip_bad else "stop", limit=limit)
-    return {
-        "data": data,
-        "shape": rows.shape,
-        "columns": list(rows.columns),
-        "notes": list(rows.notes),
-        **describe(list(rows), tokenizer, n, rows.bad, **options),
-    }
+    on_bad = "skip" if skip_bad else "stop"
+    if holds_images(str(data)):
+        rows = FolderImages(str(data), on_bad, limit).read()
+        examples = as_read(rows, tokenizer)
+        notes = [*rows.notes, "the images carry the loss; these are their captions as a text encoder of this base reads them"]
+    else:
+        rows = read_rows(data, on_bad=on_bad, limit=limit)
+        examples, notes = list(rows), list(rows.notes)
+    told = describe(examples, tokenizer, n, rows.bad, **options)
+    return {"data": data, "shape": rows.shape, "columns": list(rows.columns), "notes": notes, **told}
 
 
 def compare(
@@ -199,8 +202,8 @@ def compare(
     overrides: Iterable[str] = (),
     tell: Tell = silent,
 ) -> dict[str, Any]:
-    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost; or, none named, carry out the recipe's own
-    `study`. Finished runs are kept."""
+    """Train several methods to the same gain (the recipe's `stop`) and compare what each lost; or, none named, carry out the
+    recipe's own `study`. Finished runs are kept."""
     from temperament.methods.studies.compare import Compare, arms_of
     from temperament.run.artefacts import address
     from temperament.run.study import carry_out as study

@@ -56,11 +56,12 @@ def encode(
 
 
 def encode_all(examples: Sequence[Example], tokenizer, on_bad: Literal["stop", "skip"] = "stop", **options):
-    """(encoded, bad): all that can be encoded, numbered from 0, and the `BadExample`s, which stop unless on_bad="skip"."""
+    """(encoded, bad): all that can be encoded (or was), numbered from 0, and the `BadExample`s, which stop unless
+    on_bad="skip"."""
     done, bad = [], []
     for example in examples:
         try:
-            one = encode(example, tokenizer, **options)
+            one = example if isinstance(example, Encoded) else encode(example, tokenizer, **options)
         except BadExample as e:
             if on_bad == "stop":
                 raise

@@ -155,3 +155,17 @@ def test_images_of_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"caption c\.txt"):
         source.read()
     assert len(parts.build({"data.folder_images": {"path": str(tmp_path), "on_bad": "skip"}}).read()) == 2
+
+
+def test_a_folder_of_images_is_shown_with_its_captions(tmp_path):
+    from PIL import Image
+
+    from temperament import api
+
+    for n, words in enumerate(("a red disc", "a blue cross on grey")):
+        Image.new("RGB", (16, 9 + n)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text(words)
+    seen = api.look(str(tmp_path), "lab/lm")
+    assert seen["shape"] == "captioned" and seen["totals"]["examples"] == 2 and seen["totals"]["trained"] == 0
+    assert "0.png (16 x 9)" in seen["shown"][0]["origin"] and any("images carry the loss" in note for note in seen["notes"])
+    assert "red disc" in "".join(t for t, *_ in seen["shown"][0]["sides"][0]["tokens"])

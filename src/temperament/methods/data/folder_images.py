@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from temperament.engine.encoded import Encoded
 from temperament.engine.examples import Captioned, Origin
 from temperament.engine.rows import BadRow, Rows, fingerprint, read_rows
 from temperament.errors import UserError
@@ -98,3 +99,23 @@ class FolderImages:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+
+
+def holds_images(path: str) -> bool:
+    """Is this a folder of images? What `temper data` asks before it reads rows."""
+    folder = Path(path).expanduser()
+    return folder.is_dir() and any(_images(folder))
+
+
+def as_read(rows: Rows, tokenizer) -> list[Encoded]:
+    """The captions as a text encoder reads them. No token carries loss: the images do."""
+    from PIL import Image
+
+    said = []
+    for example in rows:
+        with Image.open(example.image) as image:
+            name = f"{Path(example.image).name} ({image.width} x {image.height})"
+        ids = tokenizer(example.text)["input_ids"]
+        origin = Origin(name, example.origin.line, example.origin.unit)
+        said.append(Encoded(ids, [0.0] * len(ids), ((0, len(ids), "caption"),), origin))
+    return said
