@@ -35,10 +35,11 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
 
     said, floor = data.get("predicted") or {}, data.get("floor") or {}
     rows = []
-    for what, key, shown in (("memory", "peak_bytes", size), ("time", "seconds", duration), ("disk", "disk_bytes", size)):
+    for what, key, shown in (("memory", "peak_bytes", size), ("training", "seconds", duration), ("disk", "disk_bytes", size)):
         if said.get(key) is not None:
             least = f"floor {shown(floor[key])}" if floor.get(key) is not None else ""
             more = f"{size(data['available_bytes'])} are free" if key == "peak_bytes" and data.get("available_bytes") else ""
+            more = "measuring skills comes on top" if key == "seconds" else more
             rows.append([Text(what, "bold"), shown(said[key]), Text(least, "dim"), Text(more, "dim")])
     say.table(["", "needed", "", ""], rows, right=(1,))
     memory = {k: v for k, v in (data.get("memory") or {}).items() if k not in ("total", "floor") and v}
@@ -57,5 +58,8 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
             [[s["name"], size(s["memory"]["total"]), duration(s["seconds"]), size(s["disk_bytes"])] for s in steps],
             right=(1, 2, 3),
         )
+    for step in data.get("unforeseen") or ():
+        words = f"\n{step['name']} is not in these numbers: {step['why']}"
+        say.out.print(Text(words, "yellow"), soft_wrap=True)
     if data.get("mend"):
         say.out.print(Text.assemble(("\nIt does not fit here: ", "bold red"), data["mend"]))
