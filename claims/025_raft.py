@@ -1,9 +1,8 @@
 """[025] Reward-ranked fine-tuning: a higher reward at less damage than policy gradients.
 
-Task: sums of three digits in the head, of which the half-trained lab base knows a fifth, rewarded by a verifier. RAFT keeps the best of eight
-responses and trains on them; the baseline is REINFORCE with a group baseline (GRPO, unclipped on-policy) on as many samples,
-each at its own best rate. Compared: held-out accuracy; divergence beside it.
-"""
+Task: sums of three digits in the head, of which the half-trained lab base knows a fifth, rewarded by a verifier. RAFT keeps
+the best of eight responses and trains on them; the baseline is REINFORCE with a group baseline (GRPO, unclipped on-policy)
+on as many samples, each at its own best rate. Compared: held-out accuracy; divergence beside it."""
 
 from temperament.run.claims import Claim
 

@@ -1,8 +1,7 @@
 """[031] Anchored supervised fine-tuning: on noisy demonstrations, better than SFT and than DFT, without DFT's drift.
 
-Task: sums of three digits in the head, of which the half-trained lab base knows a fifth; one demonstration in five is wrong. Each objective at its
-own best rate, equal steps. Compared: held-out accuracy, against the better of SFT and DFT.
-"""
+Task: sums of three digits in the head, of which the half-trained lab base knows a fifth; one demonstration in five is wrong.
+Each objective at its own best rate, equal steps. Compared: held-out accuracy, against the better of SFT and DFT."""
 
 import json
 

@@ -1,9 +1,8 @@
 """[213] ReFT: after a warm-up, PPO on the same questions teaches more than going on with SFT on them.
 
-Task: sums of three digits in the head, of which the half-trained lab base knows a fifth; 400 questions with their answers. Both arms begin with
-the same warm-up; then PPO with a critic, rewarded 1 / 0.1 / 0, or as many further updates of SFT, each at its own best rate.
-Compared: held-out accuracy.
-"""
+Task: sums of three digits in the head, of which the half-trained lab base knows a fifth; 400 questions with their answers.
+Both arms begin with the same warm-up; then PPO with a critic, rewarded 1 / 0.1 / 0, or as many further updates of SFT, each
+at its own best rate. Compared: held-out accuracy."""
 
 from temperament.run.claims import Claim
 

@@ -1,9 +1,9 @@
 """[269] ResiP: a small residual policy, taught by PPO to correct a frozen one at every step, masters what cloning cannot.
 
-Task: the peg and the narrow slot, at which the lab policy - cloned from noisy demonstrations, carrying out its plans blindly - succeeds in 45 %.
-Arms, with as many episodes each: PPO on the residual; PPO on the policy itself, whose decisions are its plans; and further cloning of four
-hundred new demonstrations. Each at its own best rate, over the better of the two baselines. Compared: success from held-out starts.
-"""
+Task: the peg and the narrow slot, at which the lab policy - cloned from noisy demonstrations, carrying out its plans blindly
+- succeeds in 45 %. Arms, with as many episodes each: PPO on the residual; PPO on the policy itself, whose decisions are its
+plans; and further cloning of four hundred new demonstrations. Each at its own best rate, over the better of the two
+baselines. Compared: success from held-out starts."""
 
 from temperament.run.claims import Claim
 
@@ -25,7 +25,11 @@ def recipe(arm: str, rate: float) -> dict:
         train |= {"source": demonstrations, "objective": "objectives.sft.behaviour_cloning", "steps": 8 * STEPS}
     else:
         explore = {"residual": "step", "policy": "plan"}[arm]
-        train |= {"source": {"rollout.episodes": {"task": "insert", "explore": explore}}, "objective": PPO, "players": {"critic": CRITIC}}
+        train |= {
+            "source": {"rollout.episodes": {"task": "insert", "explore": explore}},
+            "objective": PPO,
+            "players": {"critic": CRITIC},
+        }
         if arm == "residual":
             train["trainable"] = {"adapters.residual_policy": {"scale": 0.5, "log_std": -1.0}}
     return {"base": "lab/policy", "steps": [{"name": arm, "train": train}], "evaluation": EVALUATION}
@@ -41,11 +45,11 @@ def run(seed, lab):
 claim = Claim(
     paper="269",
     title="From Imitation to Refinement: Residual RL for Precise Assembly (ResiP)",
-    says="Residual reinforcement on a frozen cloned policy raises its success on a task of precision above what fine-tuning it reaches.",
+    says="Residual reinforcement on a frozen cloned policy raises its success above what fine-tuning the policy reaches.",
     parts=("adapters.residual_policy", "rollout.episodes", "objectives.policy.ppo", "objectives.policy.value"),
     measure="target",
     better="higher",
-    baseline="the better of PPO on the policy itself (as many episodes) and cloning 400 new demonstrations, each at its own best rate",
+    baseline="the better of PPO on the policy itself (equal episodes) and cloning 400 more demonstrations, each at its best rate",
     seeds=(0, 1, 2),
     run=run,
 )

@@ -92,7 +92,9 @@ def steps(rows: int = 5, length: int = 9) -> Steps:
     r = rng()
     n = torch.randint(1, length + 1, (rows, 1), generator=r)
     n[0] = length
-    return Steps(torch.randn(rows, length, 6, generator=r), torch.randn(rows, length, 6, generator=r), (torch.arange(length) < n).float())
+    return Steps(
+        torch.randn(rows, length, 6, generator=r), torch.randn(rows, length, 6, generator=r), (torch.arange(length) < n).float()
+    )
 
 
 BATCHES = {"Tokens": tokens, "Pairs": pairs, "Rollout": rollout, "Steps": steps}
@@ -119,7 +121,8 @@ def gradients(it: Live, objective: Any, batch: Any, micro: int, regularizers: An
 
 
 def plain_logp(model: torch.nn.Module, t: Tokens) -> Tensor:
-    """(rows, T, V) log-probabilities of what predicts each token, from the model's own logits, row by row, document by document."""
+    """(rows, T, V) log-probabilities of what predicts each token, from the model's own logits, row by row, document by
+    document."""
     out = torch.zeros(*t.ids.shape, VOCAB)
     for i in range(len(t)):
         for s in range(int(t.segments[i].max()) + 1):

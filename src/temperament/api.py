@@ -210,7 +210,9 @@ def compare(
 
     spec = schema.read(recipe, overrides)
     if not methods and spec.study is None:
-        raise UserError("--methods", None, "name what is compared, e.g. select.full,adapters.lora; or give the recipe a `study`")
+        raise UserError(
+            "--methods", None, "name what is compared, e.g. select.full,adapters.lora; or give the recipe a `study`"
+        )
     planned = Compare(arms_of(list(methods)), list(seeds)) if methods else spec.study
     out = Path(out) if out is not None else Path("runs") / f"compare-{address(spec.plain(), list(methods), list(seeds))[:12]}"
     finding = study(planned, spec, out, tell)

@@ -3,9 +3,9 @@
 A protocol names the `rooms` whose parts may fill it and the methods they `must` have; everything else a part may add is
 *optional* and looked up by name, so a method states only what it needs. Nothing here imports torch.
 
-Of any room, optional: `inputs`, names of earlier steps whose artefacts the part reads (`ctx.delta(name)`, `ctx.artefacts[name]`): the
-recipe is refused where there is no such step before it, and the part's own step is done anew when theirs changed; `fingerprint()` of the
-files it reads, to the same end.
+Of any room, optional: `inputs`, names of earlier steps whose artefacts the part reads (`ctx.delta(name)`,
+`ctx.artefacts[name]`): the recipe is refused where there is no such step before it, and the part's own step is done anew when
+theirs changed; `fingerprint()` of the files it reads, to the same end.
 
 How a train step meets them, in order:
 
@@ -100,13 +100,14 @@ class Schedule(Protocol):
 
 
 class Trainable(Protocol):
-    """What is updated, or (a surgery in the stack) what is changed so that the rest can be. `build(base, ctx)` returns a `Trained` (train/live.py) on the base's modules; the runner attaches it.
+    """What is updated, or (a surgery in the stack) what is changed so that the rest can be. `build(base, ctx)` returns a
+    `Trained` (train/live.py) on the base's modules; the runner attaches it.
 
-    Optional: `prepare(base, ctx, batches) -> {name: tensor}`, a pass over the data that training will see, before anything is
-    built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the part is
-    built (empty where nobody looked: the exactness check builds without). `rebuild(base, name, addition) -> (module, Around)`, for
-    parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a delta is loaded.
-    """
+    Optional: `prepare(base, ctx, batches) -> {name: tensor}`, a pass over the data that training will see, before anything
+    is built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the
+    part is built (empty where nobody looked: the exactness check builds without). `rebuild(base, name, addition) -> (module,
+    Around)`, for parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a
+    delta is loaded."""
 
     rooms: ClassVar = ("select", "adapters", "surgery", "merge")  # a learned merge is trained: its coefficients or masks
     must: ClassVar = ("build",)
@@ -115,10 +116,11 @@ class Trainable(Protocol):
 
 
 class Start(Protocol):
-    """How a low-rank adapter begins at a place: `factors(place, rank, prepared, seed) -> (A, B)`, or None where it gets no adapter.
+    """How a low-rank adapter begins at a place: `factors(place, rank, prepared, seed) -> (A, B)`, or None where it gets no
+    adapter.
 
-    Optional: `prepare(base, ctx, batches, places, rank) -> {name: tensor}`, given back as `prepared`; without it `prepared` is empty.
-    """
+    Optional: `prepare(base, ctx, batches, places, rank) -> {name: tensor}`, given back as `prepared`; without it `prepared`
+    is empty."""
 
     rooms: ClassVar = ("adapters.init",)
     must: ClassVar = ("factors",)
@@ -128,10 +130,10 @@ class Objective(Protocol):
     """What is optimised. `batch`: the kinds of batch it takes ("Tokens", "Pairs", ...). `needs`: versions it reads
     ("start", "base", "previous", "ema"), provided before the first step.
 
-    Optional: `prepare(whole, views) -> whole`, once; what it fills into the batch the players after it see. `updates(whole, views) ->
-    wholes`: the optimizer steps taken on one prepared batch (epochs and mini-batches of a rollout); default one. A *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows,
-    ...) tensor` and `couple(all statistics) -> Terms` instead of `loss`: the loop runs two passes, exact under any split.
-    """
+    Optional: `prepare(whole, views) -> whole`, once; what it fills into the batch the players after it see. `updates(whole,
+    views) -> wholes`: the optimizer steps taken on one prepared batch (epochs and mini-batches of a rollout); default one. A
+    *coupled* loss (not a sum over examples) gives `statistics(micro, views) -> (rows, ...) tensor` and `couple(all
+    statistics) -> Terms` instead of `loss`: the loop runs two passes, exact under any split."""
 
     rooms: ClassVar = ("objectives",)
     must: ClassVar = ("batch", "counts")
@@ -146,8 +148,8 @@ class Regularizer(Protocol):
     """A term that keeps the model near what it knew. `per = "batch"`: counts/loss like an objective, on the same micro-batch.
     `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1.
 
-    Optional: `prepare(whole, views)`, once for the whole batch before its first forward: the statistics without gradient of a term
-    that couples the batch. Modules of a trainable may bring such terms of their own (`Trained.terms`)."""
+    Optional: `prepare(whole, views)`, once for the whole batch before its first forward: the statistics without gradient of
+    a term that couples the batch. Modules of a trainable may bring such terms of their own (`Trained.terms`)."""
 
     rooms: ClassVar = ("regularizers",)
     must: ClassVar = ("loss", "per")
@@ -155,8 +157,8 @@ class Regularizer(Protocol):
 
 
 class Optimizer(Protocol):
-    """`build(parameters, ctx) -> stepper` with torch's optimizer interface (param_groups, step, state_dict). `lr` is scheduled by
-    the loop: group["lr"] = lr(progress) * group.get("lr_factor", 1)."""
+    """`build(parameters, ctx) -> stepper` with torch's optimizer interface (param_groups, step, state_dict). `lr` is
+    scheduled by the loop: group["lr"] = lr(progress) * group.get("lr_factor", 1)."""
 
     rooms: ClassVar = ("optim",)
     must: ClassVar = ("build", "lr")
@@ -164,12 +166,12 @@ class Optimizer(Protocol):
 
 
 class Source(Protocol):
-    """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole effective
-    batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream: `steps_per_epoch`,
-    `feedback(batches, row) -> more of the row` (what the log shall say), `largest()`, the largest batch it can give, with values of no
-    meaning (for the plan, where making a real one would take the model), `state_dict() -> {"tensors": ..., "json": ...}` and
-    `load_state_dict` (only for what is not a function of the step: a buffer, texts sampled earlier). A part that reads numbers anew
-    at each step names them: `scheduled: ClassVar = ("temperature",)`."""
+    """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole
+    effective batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream:
+    `steps_per_epoch`, `feedback(batches, row) -> more of the row` (what the log shall say), `largest()`, the largest batch
+    it can give, with values of no meaning (for the plan, where making a real one would take the model), `state_dict() ->
+    {"tensors": ..., "json": ...}` and `load_state_dict` (only for what is not a function of the step: a buffer, texts
+    sampled earlier). A part that reads numbers anew at each step names them: `scheduled: ClassVar = ("temperature",)`."""
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")
@@ -183,7 +185,8 @@ class Examples(Protocol):
 
 
 class Held(Protocol):
-    """Rows with some kept out of training: `held(ctx)` those, `read(ctx)` all, `called` its name, `encoding(base)` how they are encoded."""
+    """Rows with some kept out of training: `held(ctx)` those, `read(ctx)` all, `called` its name, `encoding(base)` how they are
+    encoded."""
 
     rooms: ClassVar = ("data",)
     must: ClassVar = ("held", "read", "encoding", "called")
@@ -208,9 +211,9 @@ class Merge(Protocol):
     """`merge(base, deltas) -> Delta`, streamed by tensor; a wrapper takes another Merge in a slot.
 
     Most inherit `delta.merging.Blockwise` and state `plan(site)`: the same statement then serves in memory and streamed from
-    folders. Optional: `search(base, deltas, score) -> (Delta, what was tried)`, where score(delta) is the mean of the target skills
-    on development items; `fuse(models, batches) -> module` and `inputs(base, models) -> batches`, for models of different origin or a
-    result of another width, held in memory. A merge learned by gradient is a Trainable of this room."""
+    folders. Optional: `search(base, deltas, score) -> (Delta, what was tried)`, where score(delta) is the mean of the target
+    skills on development items; `fuse(models, batches) -> module` and `inputs(base, models) -> batches`, for models of
+    different origin or a result of another width, held in memory. A merge learned by gradient is a Trainable of this room."""
 
     rooms: ClassVar = ("merge",)
     must: ClassVar = ("merge",)
@@ -226,10 +229,10 @@ class Shape(Protocol):
 
 
 class Decode(Protocol):
-    """What belongs to answering beside the weights: `hooks(base) -> objects with logits / on_token / stop` on the generation loop
-    (engine/tokens.py). Optional: `models(base) -> {name: model}`, decoded in lockstep with the subject, which is called "model";
-    `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`, the prompt and the
-    output in another form and the way back: hear(tell(a)) = a."""
+    """What belongs to answering beside the weights: `hooks(base) -> objects with logits / on_token / stop` on the generation
+    loop (engine/tokens.py). Optional: `models(base) -> {name: model}`, decoded in lockstep with the subject, which is called
+    "model"; `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`,
+    the prompt and the output in another form and the way back: hear(tell(a)) = a."""
 
     rooms: ClassVar = ("decode",)
     must: ClassVar = ("hooks",)
@@ -243,24 +246,25 @@ class Diagnosis(Protocol):
 
 
 class Suite(Protocol):
-    """Skills to measure: `skills(ctx) -> list[Skill]`, each with items, a role and `measure(system) -> list[Outcome]` (engine/measure.py)."""
+    """Skills to measure: `skills(ctx) -> list[Skill]`, each with items, a role and `measure(system) -> list[Outcome]`
+    (engine/measure.py)."""
 
     rooms: ClassVar = ("evaluate",)
     must: ClassVar = ("skills",)
 
 
 class Study(Protocol):
-    """A protocol over many runs: `plan(recipe, done) -> (address, recipe)` of each in order, where `done` fills as they end; `read(runs) ->
-    finding`, of their numbers by address (run/study.py, `summary`). Optional: `compared(finding)` and `frontier(finding)`, what the report
-    draws; `chosen(finding, runs) -> address`, the run that is shown item by item."""
+    """A protocol over many runs: `plan(recipe, done) -> (address, recipe)` of each in order, where `done` fills as they end;
+    `read(runs) -> finding`, of their numbers by address (run/study.py, `summary`). Optional: `compared(finding)` and
+    `frontier(finding)`, what the report draws; `chosen(finding, runs) -> address`, the run that is shown item by item."""
 
     rooms: ClassVar = ("studies",)
     must: ClassVar = ("plan", "read")
 
 
 class Aide(Protocol):
-    """A frozen helper by role: `ask(requests) -> answers`. A judge is asked {"prompt", "answer", "output", "row"}: is the output as good
-    as the answer? -> bool."""
+    """A frozen helper by role: `ask(requests) -> answers`. A judge is asked {"prompt", "answer", "output", "row"}: is the
+    output as good as the answer? -> bool."""
 
     rooms: ClassVar = ("aides",)
     must: ClassVar = ("ask", "role")

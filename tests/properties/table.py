@@ -1,12 +1,16 @@
 """The property table: a new part is one line here and inherits every property of its room (test_ROOM.py beside this file).
 
-    "room.name": [{options}, {other options}, ...]      each variant is tested; {} is the part at its defaults
+"room.name": [{options}, {other options}, ...]      each variant is tested; {} is the part at its defaults
 """
 
 TABLE: dict[str, list[dict]] = {
     "schedules.constant": [{"value": 0.3}, {"value": 0.3, "warmup": 5}],
     "schedules.cosine": [{"peak": 0.3}, {"peak": 0.3, "end": 0.1, "warmup": 5}],
-    "schedules.linear": [{"start": 0.3}, {"start": 0.3, "end": 0.1, "warmup": 5}, {"start": 0.1, "end": 0.3, "begin": 0.2, "until": 0.7}],
+    "schedules.linear": [
+        {"start": 0.3},
+        {"start": 0.3, "end": 0.1, "warmup": 5},
+        {"start": 0.1, "end": 0.3, "begin": 0.2, "until": 0.7},
+    ],
     "schedules.steps": [{"values": [0.3, 0.1, 0.2], "at": [0.25, 0.75]}, {"values": [0.1, 0.3], "by": "round"}],
     "schedules.wsd": [{"peak": 0.3, "warmup": 5}, {"peak": 0.3, "end": 0.1, "decay": 0.5}],
     "optim.adamw": [{"lr": 0.05}, {"lr": 0.05, "betas": [0.8, 0.9], "weight_decay": 0.01}],
@@ -14,9 +18,17 @@ TABLE: dict[str, list[dict]] = {
     "objectives.sft.cross_entropy": [{}, {"per": "example"}],
     "objectives.preference.dpo": [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"reference": "base"}],
     "objectives.preference.ipo": [{}, {"beta": 0.5}, {"reference": "base"}],
-    "objectives.policy.grpo": [{}, {"per": "sequence", "beta": 0.1}, {"per": "constant", "max_new": 9, "scale": False, "clip_high": 0.3}],
+    "objectives.policy.grpo": [
+        {},
+        {"per": "sequence", "beta": 0.1},
+        {"per": "constant", "max_new": 9, "scale": False, "clip_high": 0.3},
+    ],
     "objectives.policy.ppo": [{"critic": None, "gamma": 1.0}, {"critic": None, "epochs": 1, "beta": 0.0}],
-    "objectives.policy.score": [{}, {"credit": [1.0], "beta": [0.2]}, {"credit": [0.5, 1.0], "beta": [0.0, 0.0], "scale": True}],
+    "objectives.policy.score": [
+        {},
+        {"credit": [1.0], "beta": [0.2]},
+        {"credit": [0.5, 1.0], "beta": [0.0, 0.0], "scale": True},
+    ],
     "objectives.policy.value": [{}, {"clip": None}],
     "objectives.sft.behaviour_cloning": [{}],
     "objectives.sft.dft": [{}, {"per": "example"}],
@@ -77,7 +89,9 @@ TABLE: dict[str, list[dict]] = {
     "rewards.lab": [{}],
     "data.lab": [{"skills": ["shift"]}, {"skills": ["shift", "copy"], "rows": 7}],
     "data.file": [{"path": "FILE"}],
-    "data.mix": [{"sources": [{"data.file": {"path": "FILE"}}, {"data.lab": {"skills": ["copy"], "rows": 9}}], "weights": [3.0, 1.0]}],
+    "data.mix": [
+        {"sources": [{"data.file": {"path": "FILE"}}, {"data.lab": {"skills": ["copy"], "rows": 9}}], "weights": [3.0, 1.0]}
+    ],
     "data.folder_images": [{"path": "FOLDER"}],
     "data.self_play": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}}],
     "data.best_of_k": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "k": 2}],
@@ -85,13 +99,31 @@ TABLE: dict[str, list[dict]] = {
     "data.s3ft": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}}],
     "data.demonstrations": [{"task": "insert", "episodes": 23}, {"task": "wide", "episodes": 9, "aim": 0.0, "shake": 0.0}],
     "rollout.episodes": [{"task": "insert"}, {"task": "reach", "explore": "plan", "group": 4}],
-    "rollout.relift": [{"rollout": {"rollout.sample": {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2}}, "demonstrations": {"data.lab": {"skills": ["add"], "rows": 6}}, "due": 2}],
-    "rollout.mcts_steps": [{"prompts": {"data.lab": {"skills": ["story"], "rows": 6}}, "rewards": ["rewards.lab"], "separator": ";", "stage": 2}],
-    "rollout.raft": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "k": 2, "stage": 3, "max_new": 6}],
+    "rollout.relift": [
+        {
+            "rollout": {
+                "rollout.sample": {
+                    "prompts": {"data.lab": {"skills": ["add"], "rows": 6}},
+                    "rewards": ["rewards.lab"],
+                    "group": 2,
+                }
+            },
+            "demonstrations": {"data.lab": {"skills": ["add"], "rows": 6}},
+            "due": 2,
+        }
+    ],
+    "rollout.mcts_steps": [
+        {"prompts": {"data.lab": {"skills": ["story"], "rows": 6}}, "rewards": ["rewards.lab"], "separator": ";", "stage": 2}
+    ],
+    "rollout.raft": [
+        {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "k": 2, "stage": 3, "max_new": 6}
+    ],
     "rollout.two_turn": [
         {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "alpha": 2.0}
     ],
-    "rollout.sample": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}],
+    "rollout.sample": [
+        {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}
+    ],
     "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
     "evaluate.control": [{"target": "insert"}, {"retained": ["lift"], "items": 3}],
     "evaluate.file": [{"data": {"data.file": {"path": "FILE"}}}],

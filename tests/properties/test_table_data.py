@@ -1,4 +1,5 @@
-"""Sources, rollouts, rewards and decoding: batches are functions of the step, rewards parse anything, a neutral hook does nothing."""
+"""Sources, rollouts, rewards and decoding: batches are functions of the step, rewards parse anything, a neutral hook does
+nothing."""
 
 import math
 import random
@@ -69,7 +70,11 @@ def test_an_epoch_sees_every_row_once(base, rows, name, options):
     stream = parts.build({name: filled(options, rows)}).open(context(base, batch=3))
     seen = [e for k in range(stream.steps_per_epoch) for e in stream.batch(k, None).examples[:, 0].tolist()]
     assert len(seen) == len(set(seen)) == len(stream.examples)
-    again = [e for k in range(stream.steps_per_epoch, 2 * stream.steps_per_epoch) for e in stream.batch(k, None).examples[:, 0].tolist()]
+    again = [
+        e
+        for k in range(stream.steps_per_epoch, 2 * stream.steps_per_epoch)
+        for e in stream.batch(k, None).examples[:, 0].tolist()
+    ]
     assert sorted(again) == sorted(seen) and again != seen  # the next epoch in another order
 
 
@@ -87,11 +92,18 @@ def test_lab_rows_are_never_test_items(base):
         parts.build({"data.lab": {"skills": ["shft"]}})
 
 
-# ---- rollouts -----------------------------------------------------------------------------------------------------------------
+# ---- rollouts
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def rolling(base, s, world=None, **options):
-    given = {"prompts": {"data.lab": {"skills": ["add"], "rows": 5}}, "rewards": ["rewards.lab"], "group": 3, "max_new": 5, **options}
+    given = {
+        "prompts": {"data.lab": {"skills": ["add"], "rows": 5}},
+        "rewards": ["rewards.lab"],
+        "group": 3,
+        "max_new": 5,
+        **options,
+    }
     ctx = context(base, seed=s, batch=6)
     ctx.live = live(base, {"adapters.lora": {"rank": 2}})
     ctx.world = world or ctx.world
@@ -175,11 +187,28 @@ def test_rewards_are_weighted_and_what_does_not_apply_adds_nothing(base):
             rolling(base, 0, **bad)
 
 
-# ---- rewards --------------------------------------------------------------------------------------------------------------------
+# ---- rewards
+# --------------------------------------------------------------------------------------------------------------------
 
 ITEM = worlds.skill("add").items("test", 1)[0]
 ROW = {"answer": "so it is 1,234.5", "item": ITEM}
-HOSTILE = ["", " ", "\x00", "9" * 100_000, "-" * 5000, "1," * 20_000, "٣٤", "1e999", "nan", "inf", "__import__('os').system('x')", "²", "½", "(" * 3000, "\ud800"]
+HOSTILE = [
+    "",
+    " ",
+    "\x00",
+    "9" * 100_000,
+    "-" * 5000,
+    "1," * 20_000,
+    "٣٤",
+    "1e999",
+    "nan",
+    "inf",
+    "__import__('os').system('x')",
+    "²",
+    "½",
+    "(" * 3000,
+    "\ud800",
+]
 
 
 @pytest.mark.parametrize("name, options", variants("rewards"))
@@ -212,7 +241,8 @@ def test_rewards_by_example():
     assert re.fullmatch(r"\d+", ITEM.answer.strip())
 
 
-# ---- decoding -------------------------------------------------------------------------------------------------------------------
+# ---- decoding
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def prompts(n=3):

@@ -13,7 +13,9 @@ from temperament.nn.batch import Tokens
 from temperament.protocols import Progress
 
 MODEL = "llama"
-OBJECTIVES = [p for p in variants("objectives") if p.values[0] != "objectives.policy.value"]  # it reads what another player left: test_ppo.py
+OBJECTIVES = [
+    p for p in variants("objectives") if p.values[0] != "objectives.policy.value"
+]  # it reads what another player left: test_ppo.py
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,8 @@ def test_cross_entropy_by_brute_force(it, packed):
     per_token = float(-(logp * w).sum() / w.sum())
     _, got = gradients(it, parts.build("objectives.sft.cross_entropy"), whole, 2)
     assert got.loss == pytest.approx(per_token, rel=1e-5)
-    means = [float(-(logp[i] * w[i])[whole.segments[i] == s].sum() / w[i][whole.segments[i] == s].sum())
-             for i in range(6) for s in range(int(whole.segments[i].max()) + 1) if w[i][whole.segments[i] == s].sum() > 0]  # fmt: skip
+    inside = [(i, whole.segments[i] == s) for i in range(6) for s in range(int(whole.segments[i].max()) + 1)]
+    means = [float(-(logp[i] * w[i])[own].sum() / w[i][own].sum()) for i, own in inside if w[i][own].sum() > 0]
     _, got = gradients(it, parts.build({"objectives.sft.cross_entropy": {"per": "example"}}), whole, 2)
     assert got.loss == pytest.approx(sum(means) / len(means), rel=1e-5)
 
@@ -116,7 +118,9 @@ def test_behaviour_cloning_is_half_the_square():
     loss = ((it.model(batch.observations).mean - batch.decisions).square().sum(-1) / 2 * w).sum() / w.sum()
     names = [n for n in it.params if "log_std" not in n]
     theirs = torch.autograd.grad(loss, [it.params[n].tensor for n in names])
-    assert out.loss == pytest.approx(float(loss.detach()), rel=1e-5) and close(dict(zip(names, theirs, strict=True)), {n: got[n] for n in names})
+    assert out.loss == pytest.approx(float(loss.detach()), rel=1e-5) and close(
+        dict(zip(names, theirs, strict=True)), {n: got[n] for n in names}
+    )
     assert got["policy/log_std"].abs().max() == 0
 
 
@@ -164,7 +168,8 @@ def test_ipo_by_its_formula(it):
     assert close(dict(zip(it.params, theirs, strict=True)), ours, 1e-4)
 
 
-# ---- policies -----------------------------------------------------------------------------------------------------------------
+# ---- policies
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def grpo_by_hand(it, batch, o, reference):
@@ -192,7 +197,8 @@ def grpo_by_hand(it, batch, o, reference):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"scale": False}, {"clip_low": 0.05, "clip_high": 0.5}, {"per": "sequence", "beta": 0.2}, {"per": "constant", "max_new": 11},
+    {}, {"scale": False}, {"clip_low": 0.05, "clip_high": 0.5}, {"per": "sequence", "beta": 0.2},
+    {"per": "constant", "max_new": 11},
     {"beta": 0.3, "reference": "base"},
 ], ids=str)  # fmt: skip
 def test_grpo_by_brute_force(it, options):
@@ -221,7 +227,10 @@ def test_grpo_on_its_own_policy_is_the_policy_gradient(it):
         batch.behaviour = plain_label(it.model, batch.tokens)
     ours, got = gradients(it, part, batch, 2)
     mean = torch.stack([batch.rewards[batch.group == g].mean() for g in batch.group])
-    want = -((batch.rewards - mean)[:, None] * plain_label(it.model, batch.tokens) * batch.tokens.weights).sum() / batch.tokens.weights.sum()
+    want = (
+        -((batch.rewards - mean)[:, None] * plain_label(it.model, batch.tokens) * batch.tokens.weights).sum()
+        / batch.tokens.weights.sum()
+    )
     theirs = torch.autograd.grad(want, [p.tensor for p in it.params.values()])
     assert got.terms["clipped"] == 0 and close(dict(zip(it.params, theirs, strict=True)), ours, 1e-4)
 
@@ -233,7 +242,8 @@ def test_an_advantage_sums_to_nothing_and_has_unit_spread(it):
         assert float(a.sum()) == pytest.approx(0, abs=1e-4) and float(a.std()) == pytest.approx(1, abs=0.01)
 
 
-# ---- regularizers ---------------------------------------------------------------------------------------------------------------
+# ---- regularizers
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

@@ -6,9 +6,8 @@
     org/name                a Hugging Face id, where a hub is reachable
     an nn.Module            in Python
 
-Every parameter is addressed `component/path`; identity is a sha256 per component. Weights are loaded in fp32 unless asked (the master
-weights of training); nothing but safetensors is read, and remote code stays off.
-"""
+Every parameter is addressed `component/path`; identity is a sha256 per component. Weights are loaded in fp32 unless asked
+(the master weights of training); nothing but safetensors is read, and remote code stays off."""
 
 from __future__ import annotations
 
@@ -252,7 +251,11 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
             raise UserError(field, spec, "no config.json in it; name a folder in transformers layout, a run or an adapter")
         if not any(folder.glob("*.safetensors")):
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            why = f"its weights are a pickle ({pickles[0]}), which is never loaded; convert it to safetensors" if pickles else "it holds no .safetensors weights"
+            why = (
+                f"its weights are a pickle ({pickles[0]}), which is never loaded; convert it to safetensors"
+                if pickles
+                else "it holds no .safetensors weights"
+            )
             raise UserError(field, spec, why)
     options = {"trust_remote_code": trust, "local_files_only": folder is not None}
     if (ours := shell(folder)) is not None:
@@ -268,8 +271,16 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
         first = str(problem).strip().split("\n")[0][:200]
         if "ignore_mismatched_sizes" in first:
             raise UserError(field, spec, "its weights have other shapes than its config.json says; copy both again") from None
-        mend = "the file is damaged or truncated" if "safetensor" in repr(problem).lower() or "header" in first.lower() else "it could not be loaded"
-        raise UserError(field, spec, f"{mend} ({first}); name a folder with config.json and safetensors, a lab base (lab/lm) or a reachable Hugging Face id") from None
+        mend = (
+            "the file is damaged or truncated"
+            if "safetensor" in repr(problem).lower() or "header" in first.lower()
+            else "it could not be loaded"
+        )
+        raise UserError(
+            field,
+            spec,
+            f"{mend} ({first}); name a folder with config.json and safetensors, a lab base or a reachable Hugging Face id",
+        ) from None
     _whole(model, told, spec, field)
     processors = {}
     try:
@@ -297,14 +308,18 @@ def _reachable(device: Any) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError("device", str(device), f"this machine has no such device; use auto or one of {', '.join(found)}") from None
+        raise UserError(
+            "device", str(device), f"this machine has no such device; use auto or one of {', '.join(found)}"
+        ) from None
 
 
 def shell(folder: Path | None) -> nn.Module | None:
     """The model of this folder, with weights of no meaning, where it is of an architecture of our own; else None."""
     from temperament.nn.policy import MODEL_TYPE, Policy
 
-    config = json.loads((folder / "config.json").read_text()) if folder is not None and (folder / "config.json").exists() else {}
+    config = (
+        json.loads((folder / "config.json").read_text()) if folder is not None and (folder / "config.json").exists() else {}
+    )
     return Policy.shell(config) if config.get("model_type") == MODEL_TYPE else None
 
 
@@ -317,7 +332,8 @@ def _of_ours(spec: str, folder: Path, model: nn.Module, dtype: str, field: str) 
 
 
 def _identity(source: str, folder: Path | None, component: str) -> dict[str, str]:
-    """Who a base is: the sha256 of its weights as they are stored, so that it is the same base in whatever precision it is loaded."""
+    """Who a base is: the sha256 of its weights as they are stored, so that it is the same base in whatever precision it is
+    loaded."""
     if folder is None:
         from transformers.utils import cached_file
 

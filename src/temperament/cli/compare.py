@@ -18,7 +18,12 @@ from temperament.cli.say import Say
 
 OPTIONS = (
     Opt("recipe", "a recipe with one or more train steps", "RECIPE"),
-    Opt("--methods", "what is trained, separated by commas: parts of the rooms select and adapters", "A,B,...", shown="the recipe's study"),
+    Opt(
+        "--methods",
+        "what is trained, separated by commas: parts of the rooms select and adapters",
+        "A,B,...",
+        shown="the recipe's study",
+    ),
     Opt("--seeds", "seeds, separated by commas", "0,1,...", default="0"),
     Opt("--reach", "stop every method once the target is at least this (0 to 1)", "LEVEL", float, shown="the recipe's stop"),
     Opt("--out", "folder of all runs and the finding", "DIR", shown="runs/compare- and the recipe's address"),

@@ -3,8 +3,8 @@
     played = play(model, world)                                  on the mean: how well it does
     played = play(model, world, explore="step", draw=(seed, step))    sampled, recorded: what reinforcement trains on
 
-At every `execute`-th step the policy plans a chunk from what it sees; each step's planned action then goes by whatever corrects it.
-"""
+At every `execute`-th step the policy plans a chunk from what it sees; each step's planned action then goes by whatever
+corrects it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from temperament.nn.forward import active, device_of, module_of
 
 @dataclass
 class Played:
-    """success (episodes,) 0 or 1; length (episodes,): steps it took. steps, behaviour, rewards: of the decisions, where they were sampled."""
+    """success (episodes,) 0 or 1; length (episodes,): steps it took. steps, behaviour, rewards: of the decisions, where they
+    were sampled."""
 
     success: Tensor
     length: Tensor
@@ -33,15 +34,24 @@ class Played:
 
 
 @torch.no_grad()
-def play(model: Any, world: Any, explore: Literal["", "step", "plan"] = "", draw: tuple[int, int] = (0, 0), who: Tensor | None = None) -> Played:
-    """explore: what is sampled (and recorded): the correction of each step, or each plan. draw: seed and step of the samples' address; who: the
-    numbers of the episodes in it, by default those of the world (which episodes from one start share)."""
+def play(
+    model: Any, world: Any, explore: Literal["", "step", "plan"] = "", draw: tuple[int, int] = (0, 0), who: Tensor | None = None
+) -> Played:
+    """explore: what is sampled (and recorded): the correction of each step, or each plan. draw: seed and step of the
+    samples' address; who: the numbers of the episodes in it, by default those of the world (which episodes from one start
+    share)."""
     config, device = module_of(model).config, device_of(model)
     n, held = len(world.examples), config.execute
     rows: dict[str, list[Tensor]] = {k: [] for k in ("observations", "planned", "decisions", "weights", "behaviour", "rewards")}
     keep = lambda **now: [rows[k].append(v) for k, v in now.items()]
     wide = {"step": config.actions, "plan": held * config.actions}.get(explore, 0)
-    noise = draws.normal(draw[0], f"explore/{explore}", draw[1], world.examples if who is None else who, (world.limit, wide)).to(device) if explore else None
+    noise = (
+        draws.normal(draw[0], f"explore/{explore}", draw[1], world.examples if who is None else who, (world.limit, wide)).to(
+            device
+        )
+        if explore
+        else None
+    )
     with active(model):
         seen, _ = world.reset()
         length, success, plans = torch.zeros(n), torch.zeros(n), 0
@@ -58,9 +68,20 @@ def play(model: Any, world: Any, explore: Literal["", "step", "plan"] = "", draw
             says, decision = model(looks, planned), None
             if explore == "step":
                 if says.log_std is None:
-                    raise UserError("explore", "step", "nothing corrects the plans of this policy: add adapters.residual_policy, or explore: plan")
+                    raise UserError(
+                        "explore",
+                        "step",
+                        "nothing corrects the plans of this policy: add adapters.residual_policy, or explore: plan",
+                    )
                 decision = says.mean + torch.exp(says.log_std) * noise[:, t]
-                keep(observations=looks, planned=planned, decisions=decision, behaviour=says.logp(decision), weights=alive, rewards=torch.zeros(n))
+                keep(
+                    observations=looks,
+                    planned=planned,
+                    decisions=decision,
+                    behaviour=says.logp(decision),
+                    weights=alive,
+                    rewards=torch.zeros(n),
+                )
             seen, reward, done, late, _ = world.step(says.action(decision))
             length, success = length + alive, success + reward
             if explore:

@@ -5,8 +5,8 @@
     made = respond(ctx, model, ids, sampling, step, examples)     the same on every process
     marks = judged(rewards, weights, prompt, texts)
 
-A response is addressed by (seed, round, step, example, position), so a build that is made again and a rollout that is resumed say the same.
-"""
+A response is addressed by (seed, round, step, example, position), so a build that is made again and a rollout that is
+resumed say the same."""
 
 from __future__ import annotations
 

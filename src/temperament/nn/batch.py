@@ -10,9 +10,8 @@ kinds; no kind writes its own. A field that is not row-aligned has no place in a
     Labelled    one response with a desirable / undesirable label
     Rollout     sampled responses or episodes with advantages and the log-probs they were sampled with
 
-What runs along time (`Tokens`, `Steps`) says itself how likely a model finds it (`logp`) and what a critic may read of it (`states`), so
-that an objective of sampled behaviour is one formula for words and for motions.
-"""
+What runs along time (`Tokens`, `Steps`) says itself how likely a model finds it (`logp`) and what a critic may read of it
+(`states`), so that an objective of sampled behaviour is one formula for words and for motions."""
 
 from __future__ import annotations
 
@@ -102,10 +101,9 @@ class Timed(Batch):
 @dataclass
 class Tokens(Timed):
     """ids (rows, T) right-padded; weights (rows, T) float: the loss weight of *predicting* the token at that position (0 on
-    prompts and padding; never on the first token of a document). segments (rows, T): -1 on padding, else the number of
-    the document inside its row (all 0 when rows are not packed). examples (rows, T): id of the example a token came from, -1 on padding;
-    it addresses random draws. extra: per row, whatever the source wants to keep (answers, meta).
-    """
+    prompts and padding; never on the first token of a document). segments (rows, T): -1 on padding, else the number of the
+    document inside its row (all 0 when rows are not packed). examples (rows, T): id of the example a token came from, -1 on
+    padding; it addresses random draws. extra: per row, whatever the source wants to keep (answers, meta)."""
 
     ids: Tensor
     weights: Tensor
@@ -153,10 +151,9 @@ class Tokens(Timed):
 
 @dataclass
 class Steps(Timed):
-    """Decisions in a world (nn/policy.py). observations (rows, T, seen); decisions (rows, T, k): what was decided then, a chunk of actions or
-    a correction of the action that was planned; weights (rows, T): 1 while the episode lasts. planned (rows, T, acts): the action that was
-    planned for that moment, where decisions correct a plan.
-    """
+    """Decisions in a world (nn/policy.py). observations (rows, T, seen); decisions (rows, T, k): what was decided then, a
+    chunk of actions or a correction of the action that was planned; weights (rows, T): 1 while the episode lasts. planned
+    (rows, T, acts): the action that was planned for that moment, where decisions correct a plan."""
 
     observations: Tensor
     decisions: Tensor
@@ -196,12 +193,12 @@ class Labelled(Batch):
 
 @dataclass
 class Rollout(Batch):
-    """tokens: what was sampled, words or decisions; its weights are 1 there (not on prompts, forced or tool tokens, nor after an
-    episode's end). behaviour (rows, T): log-prob of each under the policy that sampled it. rewards (rows,), of the whole; or
-    (rows, T), as they came. group (rows,): which prompt or start. turn (rows,): which turn of its conversation a row is, from
-    0; None: there is one. Filled in by the objective: advantages (rows, T) or (rows, 1), reference (rows, T): log-probs under
-    the reference version; values, returns (rows, T): what a critic said before it is trained, and what it should have said.
-    """
+    """tokens: what was sampled, words or decisions; its weights are 1 there (not on prompts, forced or tool tokens, nor
+    after an episode's end). behaviour (rows, T): log-prob of each under the policy that sampled it. rewards (rows,), of the
+    whole; or (rows, T), as they came. group (rows,): which prompt or start. turn (rows,): which turn of its conversation a
+    row is, from 0; None: there is one. Filled in by the objective: advantages (rows, T) or (rows, 1), reference (rows, T):
+    log-probs under the reference version; values, returns (rows, T): what a critic said before it is trained, and what it
+    should have said."""
 
     tokens: Timed
     behaviour: Tensor

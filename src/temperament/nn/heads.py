@@ -1,6 +1,6 @@
 """Hidden states for heads that read a language model beside its own output head: values, rewards, correctness of a step.
 
-    states(model, tokens) -> (rows, T, width)       at t the last hidden state from which ids[t] is predicted: the state *before* token t
+    states(model, tokens) -> (rows, T, width)    at t the last hidden state that predicts ids[t]: the state *before* token t
 
 A policy's heads read what it sees and plans (`nn/batch.py`, Steps); `tokens.states(model)` is the one call for both.
 """
@@ -25,7 +25,9 @@ def width(model: Model) -> int:
     if isinstance(own, int):
         return own
     if forward.head_of(model) is None:
-        raise UserError("head", type(module).__name__, "this base has no output head to stand beside; use a language model or a policy")
+        raise UserError(
+            "head", type(module).__name__, "this base has no output head to stand beside; use a language model or a policy"
+        )
     return module.config.get_text_config().hidden_size
 
 
@@ -33,7 +35,9 @@ def states(model: Model, tokens: Tokens, given: dict[str, Any] | Tokens | None =
     """(rows, T, width), 0 where a token carries no weight. The output head is not computed but for one position."""
     head = forward.head_of(model)
     if head is None:
-        raise UserError("head", type(forward.module_of(model)).__name__, "this model names no output head beside which another could read")
+        raise UserError(
+            "head", type(forward.module_of(model)).__name__, "this model names no output head beside which another could read"
+        )
     kept: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

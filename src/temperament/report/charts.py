@@ -175,9 +175,7 @@ def _moved(start: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     return show.signed(ends[0] - ends[1]) if all(map(is_number, ends)) else "–"
 
 
-def _dial_words(
-    budget: Any, best: Mapping[str, Any] | None, of: str, start: Mapping[str, Any], full: Mapping[str, Any]
-) -> str:
+def _dial_words(budget: Any, best: Mapping[str, Any] | None, of: str, start: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     limit = f" may lose at most {show.digits(budget)} points" if is_number(budget) else ""
     if best is None:
         return f"No strength keeps the retained skills within the budget: they{limit}." if limit else ""
@@ -237,16 +235,29 @@ def compare(c: Any, most: int = 600) -> dict[str, Any] | None:
 def frontier(f: Any, most: int = 8) -> dict[str, Any] | None:
     """A study's lines - a level over what was varied, one line a budget - and the best point of each."""
     lines = [x for x in (f or {}).get("lines") or [] if isinstance(x, Mapping)][:most]
-    points = lambda x: [(a, b) for a, b in zip(x.get("x") or [], x.get("y") or [], strict=False) if is_number(a) and is_number(b)]
+    points = lambda x: [
+        (a, b) for a, b in zip(x.get("x") or [], x.get("y") or [], strict=False) if is_number(a) and is_number(b)
+    ]
     series = [Series(show.name(x.get("name", "?")), *map(list, zip(*points(x), strict=True))) for x in lines if points(x)]
     if not series:
         return None
-    label = "; ".join(f"{s.name}: " + ", ".join(f"{show.digits(a)}: {show.level(b)}" for a, b in zip(s.x, s.y, strict=True)) for s in series)
-    chart = svg.lines(series, label, percent=True, y_range=(-0.02, 1.04), x_label=show.clip(f.get("x_label"), 60), width=460, height=280)
-    rows = [{"budget": show.name(r.get("budget", "")), "best": show.name(r.get("best", "")), "rows": show.name(r.get("rows", "")),
-             "target": show.level(r.get("target")), "ci": _levels(r.get("ci95"))} for r in f.get("best") or [] if isinstance(r, Mapping)]  # fmt: skip
+    label = "; ".join(
+        f"{s.name}: " + ", ".join(f"{show.digits(a)}: {show.level(b)}" for a, b in zip(s.x, s.y, strict=True)) for s in series
+    )
+    chart = svg.lines(
+        series, label, percent=True, y_range=(-0.02, 1.04), x_label=show.clip(f.get("x_label"), 60), width=460, height=280
+    )
+    named = lambda r: {key: show.name(r.get(key, "")) for key in ("budget", "best", "rows")}
+    levels = lambda r: {"target": show.level(r.get("target")), "ci": _levels(r.get("ci95"))}
+    rows = [named(r) | levels(r) for r in f.get("best") or [] if isinstance(r, Mapping)]
     legend = [{"name": s.name, "style": f"s{i % 8}", "last": ""} for i, s in enumerate(series)]
-    return {"title": show.clip(f.get("title"), 80), "chart": chart, "legend": legend, "rows": rows, "said": show.clip(f.get("said"), 600)}
+    return {
+        "title": show.clip(f.get("title"), 80),
+        "chart": chart,
+        "legend": legend,
+        "rows": rows,
+        "said": show.clip(f.get("said"), 600),
+    }
 
 
 def _levels(ci: Any) -> str:

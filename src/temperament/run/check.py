@@ -144,7 +144,9 @@ def _player_laws(
             if spec.checkpointing:
                 yield _recomputed(player, objective, rows, tolerance)
             if tokens is not None and before is not None:
-                yield from laws.version_laws(player, tokens.to(player.views.world.device), before, ties, 5 * max(tolerance, 1e-5))
+                yield from laws.version_laws(
+                    player, tokens.to(player.views.world.device), before, ties, 5 * max(tolerance, 1e-5)
+                )
 
 
 def _unlike(rows: Rollout, player: Player) -> Rollout:

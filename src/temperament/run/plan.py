@@ -56,7 +56,8 @@ class NoStep:
 
 
 def cannot_foresee(spec: Any) -> str:
-    """Why a step cannot be laid out before the run: it reads what an earlier step is yet to leave, or samples texts to train on."""
+    """Why a step cannot be laid out before the run: it reads what an earlier step is yet to leave, or samples texts to train
+    on."""
     from temperament.run.artefacts import walk_all
 
     read = [name for p in walk_all(spec) for name in getattr(p, "inputs", ())]

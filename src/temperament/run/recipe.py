@@ -1,4 +1,5 @@
-"""The recipe: a validated document. Every default is visible in the resolved form; unknown keys are errors with the nearest name.
+"""The recipe: a validated document. Every default is visible in the resolved form; unknown keys are errors with the nearest
+name.
 
     base: lab/lm
     steps:
@@ -9,9 +10,9 @@
           optimizer: {optim.adamw: {lr: 1e-3}}
           steps: 200
 
-The classes below *are* the schema: their fields, defaults and comments are what `temper new` writes, what `--help` explains and what
-`parts.fill` checks. YAML is read with a safe loader that refuses anchors (a few aliases can grow into gigabytes) and reads 1e-4 as a number.
-"""
+The classes below *are* the schema: their fields, defaults and comments are what `temper new` writes, what `--help` explains
+and what `parts.fill` checks. YAML is read with a safe loader that refuses anchors (a few aliases can grow into gigabytes)
+and reads 1e-4 as a number."""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ class PlayerSpec:
 @dataclass(frozen=True)
 class Train:
     source: Source  # where batches come from: data.file, data.mix, rollout.sample, ...
-    objective: Objective | dict[str, Objective] = _part("objectives.sft.cross_entropy", Objective)  # what is optimised; by kind of batch when several come
+    objective: Objective | dict[str, Objective] = _part("objectives.sft.cross_entropy", Objective)  # or one by kind of batch
     trainable: list[Trainable] = _part(["select.full"], Trainable)  # what is updated: a selection, an adapter, or a stack
     optimizer: Optimizer = _part("optim.adamw", Optimizer)  # how; its lr may be a schedule
     regularizers: list[Regularizer] = field(default_factory=list)  # what keeps it near what it knew
@@ -131,7 +132,7 @@ class Train:
 @dataclass(frozen=True)
 class Merging:
     method: Merge  # how: merge.linear, merge.ties, ...
-    of: list[str] = field(default_factory=list)  # steps, runs, adapters or model folders whose deltas are merged; empty: all steps before
+    of: list[str] = field(default_factory=list)  # steps, runs, adapters or model folders; empty: all steps before
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Dial:
-    strengths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # strengths of the change that are measured
-    shape: list[str] = field(default_factory=lambda: ["merge.linear"])  # merge.linear scales all blocks alike, merge.lines the deep ones more
+    strengths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # of the change, measured
+    shape: list[str] = field(default_factory=lambda: ["merge.linear"])  # all blocks alike; merge.lines: the deep ones more
     budget: float = 0.5  # percentage points the retained skills may lose on average
     items: int = 60  # items a skill
 
@@ -254,8 +255,8 @@ class Recipe:
 
 
 def read(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a YAML file (or a mapping, or already built), with `a.b=c` overrides applied. Relative paths in it are relative
-    to the current folder."""
+    """The recipe in a YAML file (or a mapping, or already built), with `a.b=c` overrides applied. Relative paths in it are
+    relative to the current folder."""
     if isinstance(source, Recipe):
         source = source.plain()
     document = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
@@ -287,7 +288,9 @@ def _readable(steps: list[Step], before: set[str]) -> None:
             for p in walk_all(spec) if spec else ():
                 for read in getattr(p, "inputs", ()):
                     if read not in before:
-                        raise UserError(f"{step.name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}")
+                        raise UserError(
+                            f"{step.name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}"
+                        )
         before = before | {step.name}
 
 
@@ -298,24 +301,41 @@ def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
     for i, step in enumerate(steps):
         name, before = step.name, [*outer, *(s.name for s in made)]
         if not NAME.fullmatch(name):
-            raise UserError(f"{where}[{i}].name", name, "it becomes a folder; use letters, digits, '_', '-' and '.', at most 64")
+            raise UserError(
+                f"{where}[{i}].name", name, "it becomes a folder; use letters, digits, '_', '-' and '.', at most 64"
+            )
         if name in before or name in ("base", "previous", "start", "inference"):
             raise UserError(f"{where}[{i}].name", name, "already taken; give each step its own name")
         holder = next((s.name for s in made if (s.rounds or s.foreach) and name.startswith(s.name + ".")), None)
         if holder:
-            raise UserError(f"{where}[{i}].name", name, f"names that begin with '{holder}.' belong to the steps inside of {holder!r}; choose another")
+            raise UserError(
+                f"{where}[{i}].name",
+                name,
+                f"names that begin with '{holder}.' belong to the steps inside of {holder!r}; choose another",
+            )
         for key, of in (("start", [step.start]), ("merge.of", step.merge.of if step.merge else [])):
             for k in of:
-                if k in ("previous", "base", *before) or (key == "merge.of" and (Path(k).exists() or re.split(r"[./]", k)[0] in before)):
+                if k in ("previous", "base", *before) or (
+                    key == "merge.of" and (Path(k).exists() or re.split(r"[./]", k)[0] in before)
+                ):
                     continue
                 what = "not a step before this one" if key == "start" else "neither a step before this one nor a folder"
-                raise UserError(f"{where}[{i}].{key}", k, f"{what}; {nearest(k, ['previous', 'base', *before] if key == 'start' else before)}")
+                raise UserError(
+                    f"{where}[{i}].{key}",
+                    k,
+                    f"{what}; {nearest(k, ['previous', 'base', *before] if key == 'start' else before)}",
+                )
         for part in (p for spec in (step.train, step.build) if spec for p in walk_all(spec)):
             for k in getattr(part, "inputs", ()):  # steps that a part reads
                 if k not in before:
-                    raise UserError(f"{where}[{i}].{type(part).part_name}", k, f"not a step before this one; {nearest(k, before)}")
+                    raise UserError(
+                        f"{where}[{i}].{type(part).part_name}", k, f"not a step before this one; {nearest(k, before)}"
+                    )
         if step.rounds:
-            step = replace(step, rounds=replace(step.rounds, steps=_names(step.rounds.steps, f"{where}[{i}].rounds.steps", [*before, name])))
+            step = replace(
+                step,
+                rounds=replace(step.rounds, steps=_names(step.rounds.steps, f"{where}[{i}].rounds.steps", [*before, name])),
+            )
         if step.foreach:
             unrolled(step)
             _names(_templates(step, 0), f"{where}[{i}].foreach.steps", [*before, name])
@@ -359,13 +379,17 @@ def unrolled(step: Step) -> list[Step]:
     values = step.foreach.values
     lengths = {len(v) for v in values.values()}
     if len(lengths) != 1 or not max(lengths):
-        raise UserError(f"{step.name or 'foreach'}.foreach.values", values, "give at least one list of values, all of the same length")
+        raise UserError(
+            f"{step.name or 'foreach'}.foreach.values", values, "give at least one list of values, all of the same length"
+        )
     return [s for i in range(lengths.pop()) for s in inside(_templates(step, i), f"{step.name}.{i + 1}.")]
 
 
 def _templates(step: Step, i: int) -> list[Step]:
     here = {n: v[i] for n, v in step.foreach.values.items()}
-    made = [fill(Step, _filled(t, here), f"{step.name}.foreach.steps[{k}]".lstrip(".")) for k, t in enumerate(step.foreach.steps)]
+    made = [
+        fill(Step, _filled(t, here), f"{step.name}.foreach.steps[{k}]".lstrip(".")) for k, t in enumerate(step.foreach.steps)
+    ]
     return _default_names(made)
 
 
@@ -405,16 +429,27 @@ _Loader.yaml_implicit_resolvers = {
     k: [r for r in v if r[0] not in NOT_AS_YAML_1_1] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 def parse_yaml(text: str, field: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:  # tags such as !!int x
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as problem:  # tags such as !!int x
         reason = " ".join(str(getattr(problem, "problem", None) or problem).split())
         mark = getattr(problem, "problem_mark", None)
-        raise UserError(field, f"line {mark.line + 1}" if mark else text[:60], f"this is no plain YAML ({reason[:160]})") from None
+        raise UserError(
+            field, f"line {mark.line + 1}" if mark else text[:60], f"this is no plain YAML ({reason[:160]})"
+        ) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -427,7 +462,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("recipe", str(path), "no such file; `temper new` writes one") from None
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError("recipe", str(path), f"could not be read as text ({getattr(problem, 'strerror', None) or 'not UTF-8'})") from None
+        raise UserError(
+            "recipe", str(path), f"could not be read as text ({getattr(problem, 'strerror', None) or 'not UTF-8'})"
+        ) from None
     document = parse_yaml(text, str(path))
     if not isinstance(document, dict) or not all(isinstance(k, str) for k in document):
         raise UserError("recipe", str(path), "a recipe is a mapping with `base:` and `steps:`")
@@ -435,18 +472,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(document: dict[str, Any], override: str) -> None:
-    """`steps.0.train.optimizer.optim.adamw.lr=1e-4`, or by step name: `sft.train.steps=50`. Part names may be walked with their dots."""
+    """`steps.0.train.optimizer.optim.adamw.lr=1e-4`, or by step name: `sft.train.steps=50`. Part names may be walked with their
+    dots."""
     path, eq, text = override.partition("=")
     if not eq or not all(path.split(".")):
         raise UserError("--set", override, "write key=value, e.g. steps.0.train.steps=100")
     value, here, done = parse_yaml(text, "--set") if text else None, document, ""
     keys = path.split(".")
-    named = [s for s in document.get("steps") or () if isinstance(s, dict) and s.get("name")] if isinstance(document.get("steps"), list) else []
+    named = (
+        [s for s in document.get("steps") or () if isinstance(s, dict) and s.get("name")]
+        if isinstance(document.get("steps"), list)
+        else []
+    )
     while keys:
-        if here is document and keys[0] not in document and (found := next((s for s in named if s["name"] == _first(keys, [s["name"]])), None)):
+        if (
+            here is document
+            and keys[0] not in document
+            and (found := next((s for s in named if s["name"] == _first(keys, [s["name"]])), None))
+        ):
             keys, here, done = keys[found["name"].count(".") + 1 :], found, found["name"]
             if not keys:
-                raise UserError("--set", override, "this names a whole step; say which of its keys, e.g. " + done + ".train.steps=100")
+                raise UserError(
+                    "--set", override, "this names a whole step; say which of its keys, e.g. " + done + ".train.steps=100"
+                )
             continue
         if isinstance(here, list):
             steps = {s["name"]: i for i, s in enumerate(here) if isinstance(s, dict) and isinstance(s.get("name"), str)}

@@ -1,4 +1,5 @@
-"""A residual policy on a frozen one: off is the base to the bit, PPO on decisions is PPO on words, killed and resumed it is the same."""
+"""A residual policy on a frozen one: off is the base to the bit, PPO on decisions is PPO on words, killed and resumed it is the
+same."""
 
 from __future__ import annotations
 
@@ -149,7 +150,7 @@ def test_log_probs_are_gaussian_of_the_decision_and_do_not_know_the_scale():
         want = Normal(said.mean[..., :k], said.log_std[:k].exp()).log_prob(steps.decisions).sum(-1)
         assert torch.allclose(steps.logp(on.model), want, atol=1e-4) and torch.allclose(got.behaviour, want, atol=1e-4)
         if explore == "step":
-            other = [p for part in it.parts for _, p in part.attached()][0]
+            other = next(p for part in it.parts for _, p in part.attached())
             other.scale *= 7
             assert torch.equal(steps.logp(on.model), want.detach()) or torch.allclose(steps.logp(on.model), want, atol=1e-4)
             assert not torch.allclose(said.action(), on.model(steps.observations, steps.planned).action())
@@ -181,7 +182,9 @@ def test_advantages_of_episodes_are_the_sums_they_stand_for():
     gamma, lam = 0.93, 0.8
     critic = {"critic": PlayerSpec({"Rollout": Value()}, AdamW(1e-3), [ValueHead(hidden=7)])}
     it.close()
-    players = build_players(spec(trainable=[ResidualPolicy(width=12)], objective=PPO(gamma=gamma, lam=lam, beta=0.0), players=critic), context(on))
+    players = build_players(
+        spec(trainable=[ResidualPolicy(width=12)], objective=PPO(gamma=gamma, lam=lam, beta=0.0), players=critic), context(on)
+    )
     for p in players[1].live.params.values():
         p.tensor.data += 0.3 * torch.randn(p.tensor.shape)
     whole = prepared(players[0], players[0].objectives["Rollout"], batch.select(range(8)), Progress(0, 1))
@@ -221,7 +224,9 @@ def test_at_first_ppo_is_the_policy_gradient():
 @pytest.mark.parametrize("explore", ["step", "plan"])
 def test_no_split_and_no_padding_changes_a_gradient(objective, explore):
     on = base()
-    part = {"ppo": PPO(critic=None, whiten=True, beta=0.0), "value": Value()}.get(objective) or parts.build({"objectives.policy.grpo": {"per": "sequence" if objective == "sequence" else "token"}})
+    part = {"ppo": PPO(critic=None, whiten=True, beta=0.0), "value": Value()}.get(objective) or parts.build(
+        {"objectives.policy.grpo": {"per": "sequence" if objective == "sequence" else "token"}}
+    )
     it = (shake(live(on), 0.2) if explore == "step" else shake(_full(on), 0.01)) if objective != "value" else None
     if it is None:
         from tiny import live as make
@@ -256,9 +261,14 @@ def test_an_episode_is_the_same_in_any_company():
         apart = play(on.model, control.make("peg", task, some, SEED, "test"))
         assert torch.equal(together.success[some], apart.success) and torch.equal(together.length[some], apart.length)
     one, two = rollout(on, it, 8), rollout(on, it, 8)
-    assert all(torch.equal(getattr(one.tokens, k), getattr(two.tokens, k)) for k in ("observations", "planned", "decisions", "weights"))
+    assert all(
+        torch.equal(getattr(one.tokens, k), getattr(two.tokens, k)) for k in ("observations", "planned", "decisions", "weights")
+    )
     grouped = rollout(on, it, 8, group=4)
-    assert torch.equal(grouped.tokens.observations[0, 0], grouped.tokens.observations[3, 0]) and grouped.group.tolist() == [0] * 4 + [1] * 4
+    assert (
+        torch.equal(grouped.tokens.observations[0, 0], grouped.tokens.observations[3, 0])
+        and grouped.group.tolist() == [0] * 4 + [1] * 4
+    )
     assert not torch.equal(grouped.tokens.decisions[0, 0], grouped.tokens.decisions[3, 0])
     it.close()
 
@@ -272,9 +282,15 @@ def test_the_world_is_what_it_says():
             still = it.done.clone()
             place = it.x.clone(), it.y.clone()
             _, reward, done, late, _ = it.step(it.expert())
-            assert bool((reward[still] == 0).all()) and torch.equal(place[0][still], it.x[still]) and torch.equal(place[1][still], it.y[still])
+            assert (
+                bool((reward[still] == 0).all())
+                and torch.equal(place[0][still], it.x[still])
+                and torch.equal(place[1][still], it.y[still])
+            )
             inside = it.y < 0
-            assert bool(((it.x - it.goal[:, 0]).abs()[inside] <= it.half + 1e-6).all()) and float(it.y.min()) >= -it.depth - 1e-6
+            assert (
+                bool(((it.x - it.goal[:, 0]).abs()[inside] <= it.half + 1e-6).all()) and float(it.y.min()) >= -it.depth - 1e-6
+            )
             assert bool(late.all()) == (t + 1 >= it.limit)
             paid, before = paid + reward, done
         assert torch.equal(paid, before.float()) and float(paid.mean()) > 0.8, (task, SEED)
@@ -338,7 +354,10 @@ def test_the_lab_policy_is_the_one_on_its_card():
 
 # ---- the whole way ---------------------------------------------------------------------------------------------------------
 
-CRITIC = {"objective": {"Rollout": {"objectives.policy.value": {"epochs": 2}}}, "trainable": [{"adapters.value_head": {"hidden": 8}}]}
+CRITIC = {
+    "objective": {"Rollout": {"objectives.policy.value": {"epochs": 2}}},
+    "trainable": [{"adapters.value_head": {"hidden": 8}}],
+}
 TRAIN = {
     "source": {"rollout.episodes": {"task": "insert"}},
     "objective": {"objectives.policy.ppo": {"beta": 0.01, "epochs": 2, "minibatches": 2, "whiten": True}},
@@ -353,7 +372,12 @@ TRAIN = {
 
 def test_killed_and_resumed_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("TEMPERAMENT_CACHE", str(tmp_path / "cache"))
-    evaluation = {"items": 20, "keep": False, "base": False, "suites": [{"evaluate.control": {"target": "insert", "retained": ["lift"]}}]}
+    evaluation = {
+        "items": 20,
+        "keep": False,
+        "base": False,
+        "suites": [{"evaluate.control": {"target": "insert", "retained": ["lift"]}}],
+    }
     document = {"base": "lab/policy", "check": True, "evaluation": evaluation, "steps": [{"name": "residual", "train": TRAIN}]}
     whole, killed = killed_and_resumed(document, tmp_path, [2, 1])
     assert same_to_the_bit(whole, killed) and whole.json["delta"]["parameters"] > 0
@@ -365,7 +389,14 @@ def test_killed_and_resumed_to_the_bit(tmp_path, monkeypatch):
 
 def test_plans_are_trained_by_the_same_objectives(tmp_path):
     on = base()
-    players = build_players(spec(trainable=[Full()], objective=PPO(beta=0.0), players={"critic": PlayerSpec({"Rollout": Value()}, AdamW(1e-3), [ValueHead(hidden=7)])}), context(on))
+    players = build_players(
+        spec(
+            trainable=[Full()],
+            objective=PPO(beta=0.0),
+            players={"critic": PlayerSpec({"Rollout": Value()}, AdamW(1e-3), [ValueHead(hidden=7)])},
+        ),
+        context(on),
+    )
     batch = rollout(on, players[0].live, explore="plan")
     got, _ = laws.gradient(players[0], players[0].objectives["Rollout"], batch, 3)
     assert batch.tokens.weights.shape[1] == 5 and batch.tokens.planned is None

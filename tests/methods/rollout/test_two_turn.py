@@ -152,7 +152,9 @@ def test_killed_in_either_phase_it_goes_on_to_the_same_bits(tmp_path):
     phase = lambda name, alpha, credit, beta: {"name": name, "ledger": alpha > 0, "train": {
         "source": {"rollout.two_turn": {**asked, "alpha": alpha}},
         "objective": {"objectives.policy.score": {"credit": credit, "beta": beta}}, **train}}  # fmt: skip
-    document = recipe(phase("one", 0.0, [0.0, 1.0], [0.1, 0.01]), phase("two", 2.0, [1.0, 1.0], [0.01, 0.01]), base="lab/lm@half")
+    document = recipe(
+        phase("one", 0.0, [0.0, 1.0], [0.1, 0.01]), phase("two", 2.0, [1.0, 1.0], [0.01, 0.01]), base="lab/lm@half"
+    )
     whole, resumed = killed_and_resumed(document, tmp_path, kills=[1, 2])
     assert same_to_the_bit(whole, resumed)
     log = [json.loads(line) for line in (whole.folder / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,5 @@
-"""One budget, two kinds of rows: what is planned conserves it, the ends are the plain methods, and what was run is read from what is there."""
+"""One budget, two kinds of rows: what is planned conserves it, the ends are the plain methods, and what was run is read from
+what is there."""
 
 import json
 import random
@@ -21,14 +22,34 @@ from temperament.run.tune import tune
 
 LR = {"optim.adamw": {"lr": 1e-4}}
 SFT = {"source": {"data.lab": {"skills": ["shift"]}}, "optimizer": LR, "batch": 4, "epochs": 1}
-DPO = {"source": {"data.lab": {"skills": ["shift"], "pairs": True}}, "objective": {"objectives.preference.dpo": {}}, "optimizer": LR, "batch": 4, "epochs": 1}
-EVALUATION = {"keep": False, "diagnose": [], "suites": [{"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}]}
-RECIPE = {"base": "lab/lm", "check": False, "evaluation": EVALUATION, "steps": [{"name": "sft", "train": SFT}, {"name": "dpo", "train": DPO}]}
+DPO = {
+    "source": {"data.lab": {"skills": ["shift"], "pairs": True}},
+    "objective": {"objectives.preference.dpo": {}},
+    "optimizer": LR,
+    "batch": 4,
+    "epochs": 1,
+}
+EVALUATION = {
+    "keep": False,
+    "diagnose": [],
+    "suites": [{"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}],
+}
+RECIPE = {
+    "base": "lab/lm",
+    "check": False,
+    "evaluation": EVALUATION,
+    "steps": [{"name": "sft", "train": SFT}, {"name": "dpo", "train": DPO}],
+}
 COST = st.sampled_from([0.1, 0.25, 0.3, 0.5, 1.0, 1.5, 2.0, 7.0])
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.floats(10, 5000).map(lambda b: round(b, 2)), COST, COST, st.lists(st.integers(0, 100).map(lambda s: s / 100), min_size=2, max_size=9, unique=True))
+@given(
+    st.floats(10, 5000).map(lambda b: round(b, 2)),
+    COST,
+    COST,
+    st.lists(st.integers(0, 100).map(lambda s: s / 100), min_size=2, max_size=9, unique=True),
+)
 def test_a_split_conserves_the_budget_and_is_monotone(B, c_sft, c_pref, shares):
     study = Budget([B], sorted(shares), c_sft, c_pref)
     found = [study.split(B, s) for s in sorted(shares)]
@@ -47,18 +68,34 @@ def test_a_split_conserves_the_budget_and_is_monotone(B, c_sft, c_pref, shares):
 def test_the_ends_are_the_plain_methods():
     recipe = read({**RECIPE, "study": {"studies.budget": {"budgets": [8, 20], "shares": [0.0, 0.5, 1.0], "seeds": [3, 4]}}})
     planned = dict(recipe.study.plan(recipe, {}))
-    assert len(planned) == 12 and list(planned)[0] == ("8 at 0", 3)
+    assert len(planned) == 12 and next(iter(planned)) == ("8 at 0", 3)
     rows = lambda r: {s.name: s.train.source.rows for s in r.steps}
     plain = lambda r: read(r.plain())
-    assert rows(planned["20 at 0", 3]) == {"sft": 20} and rows(planned["20 at 1", 4]) == {"dpo": 20} and rows(planned["8 at 0.5", 4]) == {"sft": 4, "dpo": 4}
+    assert (
+        rows(planned["20 at 0", 3]) == {"sft": 20}
+        and rows(planned["20 at 1", 4]) == {"dpo": 20}
+        and rows(planned["8 at 0.5", 4]) == {"sft": 4, "dpo": 4}
+    )
     alone = json.loads(json.dumps(RECIPE))
     alone["steps"] = [{"name": "sft", "train": {**SFT, "source": {"data.lab": {"skills": ["shift"], "rows": 20}}}}]
     assert plain(planned["20 at 0", 3]) == replace(read(alone), seed=3)
     assert all(r.study is None and r.seed == k[1] for k, r in planned.items())
-    quiet = read({**RECIPE, "steps": [{**s, "ledger": False} for s in RECIPE["steps"]], "study": {"studies.budget": {"budgets": [8], "shares": [0.0, 0.5]}}})
-    assert [[s.ledger for s in r.steps] for _, r in quiet.study.plan(quiet, {})] == [[True], [False, True]]  # its end is always measured
+    quiet = read(
+        {
+            **RECIPE,
+            "steps": [{**s, "ledger": False} for s in RECIPE["steps"]],
+            "study": {"studies.budget": {"budgets": [8], "shares": [0.0, 0.5]}},
+        }
+    )
+    assert [[s.ledger for s in r.steps] for _, r in quiet.study.plan(quiet, {})] == [
+        [True],
+        [False, True],
+    ]  # its end is always measured
     few = read({**RECIPE, "study": {"studies.budget": {"budgets": [4], "shares": [0.0, 0.1, 0.2, 0.5]}}})
-    assert [k for k, _ in few.study.plan(few, {})] == [("4 at 0", 0), ("4 at 0.5", 0)]  # shares that buy the same rows are one run
+    assert [k for k, _ in few.study.plan(few, {})] == [
+        ("4 at 0", 0),
+        ("4 at 0.5", 0),
+    ]  # shares that buy the same rows are one run
 
 
 def test_only_preferences_begin_at_the_base(tmp_path, monkeypatch):
@@ -88,7 +125,17 @@ def test_only_preferences_begin_at_the_base(tmp_path, monkeypatch):
 
 
 def run(target, **more):
-    return {"target": target, "gain": 100 * target, "retained": 0.9, "loss": 1.0, "nll": None, "kl": None, "steps": 3, "seconds": 1.0, **more}
+    return {
+        "target": target,
+        "gain": 100 * target,
+        "retained": 0.9,
+        "loss": 1.0,
+        "nll": None,
+        "kl": None,
+        "steps": 3,
+        "seconds": 1.0,
+        **more,
+    }
 
 
 def test_the_best_share_of_each_budget_is_read():
@@ -98,7 +145,9 @@ def test_the_best_share_of_each_budget_is_read():
     done = {(f"{b} at {s}", seed): run(m + (spread if seed else -spread)) for (b, s), m in means.items() for seed in (0, 1)}
     found = study.read(done)
     assert [(r["budget"], r["share"]) for r in found["best"]] == [(10, 0.0), (100, 0.5)]
-    assert [r["target"] for r in found["splits"]] == pytest.approx(list(means.values())) and all(r["runs"] == 2 for r in found["splits"])
+    assert [r["target"] for r in found["splits"]] == pytest.approx(list(means.values())) and all(
+        r["runs"] == 2 for r in found["splits"]
+    )
     assert "all on demonstrations (50 % on the target)" in found["advice"] and "The larger the budget" in found["advice"]
     assert study.chosen(found, done) == ("100 at 0.5", 0)
     front = study.frontier(found)
@@ -126,4 +175,3 @@ def test_what_cannot_be_split_is_refused(tmp_path):
             parts.build({"studies.budget": bad})
     with pytest.raises(UserError, match=r"select\.full,adapters\.lora"):
         api.compare(only, out=tmp_path / "o")
-

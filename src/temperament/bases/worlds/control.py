@@ -4,9 +4,9 @@
     seen, _ = world.reset()                                     (episodes, observations)
     seen, reward, done, late, _ = world.step(actions)           actions (episodes, 2) in -1..1
 
-Starts and disturbances are addressed by (seed, purpose, step, episode): an episode is the same whatever else runs beside it, before and after a
-change of the policy, killed and resumed. `purpose` "test" gives starts no training sees. Once an episode is done its rewards are 0.
-"""
+Starts and disturbances are addressed by (seed, purpose, step, episode): an episode is the same whatever else runs beside it,
+before and after a change of the policy, killed and resumed. `purpose` "test" gives starts no training sees. Once an episode
+is done its rewards are 0."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ TASKS = ("insert", "wide", "reach", "lift", "rest")
 
 @dataclass
 class Peg:
-    """A peg held from above, over a table with a slot. Lengths are shares of the half width of the room, x in -1..1, y in 0..1, the table at 0.
+    """A peg held from above, over a table with a slot. Lengths are shares of the half width of the room, x in -1..1, y in 0..1,
+    the table at 0.
 
         position <- position + 0.08 * clip(action) + slip,      slip ~ N(0, 0.02^2) in x and y
 
-    The table stops the peg, on which it then hardly slides (a tenth of what is asked); the slot, 0.15 deep, lets in what comes within half its
-    width of its middle, and its walls hold it, at half speed while it rubs. Reward 1, once, when the task is done; 40 steps.
+    The table stops the peg, on which it then hardly slides (a tenth of what is asked); the slot, 0.15 deep, lets in what comes
+    within half its width of its middle, and its walls hold it, at half speed while it rubs. Reward 1, once, when the task is
+    done; 40 steps.
 
         insert   down a slot of half width 0.03        reach    to within 0.1 of a point in the air
         wide     down a slot of half width 0.12        lift     out of the slot of insert, above 0.3
@@ -108,7 +110,8 @@ class Peg:
         return (self.y == 0) & ((self.x - self.goal[:, 0]).abs() < 0.1)
 
     def expert(self, at: int = 0, aim: float = 0.0, shake: float = 0.0) -> Tensor:
-        """(episodes, 2): a demonstrator's action. aim: spread of the error with which it sees the goal, one an episode; shake: of its hand."""
+        """(episodes, 2): a demonstrator's action. aim: spread of the error with which it sees the goal, one an episode; shake:
+        of its hand."""
         who = (self.seed, f"peg/{self.purpose}/{self.task}/hand")
         off = aim * draws.normal(*who, at, self.examples, 0)
         tremble = shake * draws.normal(*who, at, self.examples, (self.limit, 2))[:, self.time]
@@ -128,7 +131,10 @@ class Peg:
         """(the start, how it stands now) of every episode, for people to read."""
         start = [f"{self.task}: from ({x:+.2f}, {y:.2f}), goal at ({a:+.2f}, {b:.2f})" for x, y, a, b in
                  zip(self.x.tolist(), self.y.tolist(), *self.goal.T.tolist(), strict=True)]  # fmt: skip
-        end = [f"{'done' if d else 'not done'} at ({x:+.2f}, {y:.2f})" for x, y, d in zip(self.x.tolist(), self.y.tolist(), self.done.tolist(), strict=True)]
+        end = [
+            f"{'done' if d else 'not done'} at ({x:+.2f}, {y:.2f})"
+            for x, y, d in zip(self.x.tolist(), self.y.tolist(), self.done.tolist(), strict=True)
+        ]
         return list(zip(start, end, strict=True))
 
 
@@ -148,9 +154,12 @@ def tasks(world: str) -> tuple[str, ...]:
     return WORLDS[world].tasks
 
 
-def demonstrated(world: str, task: str, examples: Tensor, seed: int, horizon: int, aim: float = 0.0, shake: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Demonstrations of a task, as (seen (episodes, T, observations), plans (episodes, T, horizon * actions), weight (episodes, T)): at each step
-    what is seen and the demonstrator's next `horizon` actions (at the end its last one stays). weight 1 until it is done."""
+def demonstrated(
+    world: str, task: str, examples: Tensor, seed: int, horizon: int, aim: float = 0.0, shake: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Demonstrations of a task, as (seen (episodes, T, observations), plans (episodes, T, horizon * actions), weight
+    (episodes, T)): at each step what is seen and the demonstrator's next `horizon` actions (at the end its last one stays).
+    weight 1 until it is done."""
     it = make(world, task, examples, seed, "train")
     seen, looks, acts, alive = it.reset()[0], [], [], []
     for _ in range(it.limit):

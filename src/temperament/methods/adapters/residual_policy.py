@@ -43,12 +43,12 @@ class ResidualPolicy:
 
         u ~ N(mu(o, a_plan), exp(log_std)^2);      a = a_plan + scale * u             acting on the mean: u = mu
 
-    o (observations,): what is seen now; a_plan: this step's action of the chunk planned some steps ago; actions are normalised to -1..1. mu is a
-    perceptron of two hidden layers whose last matrix begins at `gain` (0: the start acts as the base, exactly), log_std a number for each
-    action, learned, the same in every state. The log-prob is of u, so it does not depend on scale; no gradient goes through the base, whose
-    chunks and kind do not matter. Trained by `rollout.episodes` with `explore: step`; it never merges, travels as an addition, and its
-    strength multiplies scale: the dial at 0 is the base. Source: Ankile et al. 2024 (paper 269: scale 0.1, two layers of 512, gain 0.01).
-    """
+    o (observations,): what is seen now; a_plan: this step's action of the chunk planned some steps ago; actions are
+    normalised to -1..1. mu is a perceptron of two hidden layers whose last matrix begins at `gain` (0: the start acts as the
+    base, exactly), log_std a number for each action, learned, the same in every state. The log-prob is of u, so it does not
+    depend on scale; no gradient goes through the base, whose chunks and kind do not matter. Trained by `rollout.episodes`
+    with `explore: step`; it never merges, travels as an addition, and its strength multiplies scale: the dial at 0 is the
+    base. Source: Ankile et al. 2024 (paper 269: scale 0.1, two layers of 512, gain 0.01)."""
 
     scale: float = 0.1  # of a correction, in normalised actions
     width: int = 64  # hidden units of each layer
@@ -63,7 +63,11 @@ class ResidualPolicy:
         component, policy = next(iter(base.components.items()))
         config = getattr(policy, "config", None)
         if not hasattr(config, "actions"):
-            raise UserError("adapters.residual_policy", base.id, "it corrects the actions of a policy; use a policy as base, e.g. lab/policy")
+            raise UserError(
+                "adapters.residual_policy",
+                base.id,
+                "it corrects the actions of a policy; use a policy as base, e.g. lab/policy",
+            )
         name, piece = f"{component}/residual", self._piece(config.features, config.actions)
         for key, gain in (("one", 2**0.5), ("two", 2**0.5), ("out", self.gain)):
             layer = getattr(piece, key)
@@ -75,7 +79,9 @@ class ResidualPolicy:
         return Trained(
             params=[Param(f"{name}:{n}", p, n, decay=False) for n, p in piece.named_parameters()],
             around={name: (policy, piece)},
-            additions=lambda: {name: Addition(type(self).part_name, options, {n: p.detach().clone() for n, p in piece.named_parameters()})},
+            additions=lambda: {
+                name: Addition(type(self).part_name, options, {n: p.detach().clone() for n, p in piece.named_parameters()})
+            },
         )
 
     def _piece(self, inside: int, actions: int) -> Residual:

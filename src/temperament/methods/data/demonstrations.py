@@ -17,9 +17,9 @@ from temperament.parts import part
 class Demonstrations:
     """Episodes shown by a program that can do the task, more or less: at each step what was seen and what it did next.
 
-    A row is an episode of `Steps`: observations (T, seen), decisions (T, horizon * actions) the demonstrator's next actions, as many as a plan of
-    the base holds. It sees the slot with an error of spread `aim`, one an episode, and its hand trembles by `shake`; both 0 is an expert.
-    """
+    A row is an episode of `Steps`: observations (T, seen), decisions (T, horizon * actions) the demonstrator's next actions,
+    as many as a plan of the base holds. It sees the slot with an error of spread `aim`, one an episode, and its hand
+    trembles by `shake`; both 0 is an expert."""
 
     task: str  # which task of the base's world
     episodes: int = 200  # demonstrations

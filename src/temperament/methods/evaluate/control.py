@@ -38,7 +38,10 @@ class ControlSkill:
         starts = [start for start, _ in world.words()]
         got = play(system.subject, world)
         rows = zip(starts, world.words(), got.success.tolist(), got.length.tolist(), strict=True)
-        return [Outcome(f"{self.name}/{i}", self.name, start, "done", f"{end} after {int(t)} steps", s) for i, (start, (_, end), s, t) in enumerate(rows)]
+        return [
+            Outcome(f"{self.name}/{i}", self.name, start, "done", f"{end} after {int(t)} steps", s)
+            for i, (start, (_, end), s, t) in enumerate(rows)
+        ]
 
 
 @part("evaluate.control", modalities=("control",))

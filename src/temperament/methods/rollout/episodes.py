@@ -17,12 +17,11 @@ from temperament.parts import part
 class Episodes:
     """Episodes of a policy in its world, played as it stands: what PPO, GRPO and a critic train on where there are no words.
 
-    Each step plays `batch` episodes at once, from starts never seen before. What is sampled is a decision, at every step the correction of the
-    planned action (`explore: step`, adapters.residual_policy: the base plans, and only what corrects it is trained), or every plan as a
-    whole (`explore: plan`: a Gaussian around the policy's own chunks). Rewards come with the steps they were earned in; after an episode's end
-    nothing carries weight. Starts, slips and samples are addressed by (seed, step, episode): resuming plays the same episodes, and every
-    process plays all of them. Source: paper 269.
-    """
+    Each step plays `batch` episodes at once, from starts never seen before. What is sampled is a decision, at every step the
+    correction of the planned action (`explore: step`, adapters.residual_policy: the base plans, and only what corrects it is
+    trained), or every plan as a whole (`explore: plan`: a Gaussian around the policy's own chunks). Rewards come with the
+    steps they were earned in; after an episode's end nothing carries weight. Starts, slips and samples are addressed by
+    (seed, step, episode): resuming plays the same episodes, and every process plays all of them. Source: paper 269."""
 
     task: str  # which task of the base's world
     explore: Literal["step", "plan"] = "step"  # what is sampled: corrections of each step, or plans
@@ -32,7 +31,11 @@ class Episodes:
 
     def open(self, ctx: Any) -> Stream:
         if ctx.batch % self.group:
-            raise UserError("train.batch", ctx.batch, f"it must be a multiple of the group ({self.group}), e.g. {self.group * max(ctx.batch // self.group, 1)}")
+            raise UserError(
+                "train.batch",
+                ctx.batch,
+                f"it must be a multiple of the group ({self.group}), e.g. {self.group * max(ctx.batch // self.group, 1)}",
+            )
         return Stream(self, ctx)
 
     def suites(self) -> list[dict]:
@@ -58,9 +61,15 @@ class Stream:
         """An episode that lasts to the end, in every row."""
         config, n = self.config, self.ctx.batch
         limit = control.WORLDS[config.world].limit
-        times, wide = (limit, config.actions) if self.spec.explore == "step" else (-(-limit // config.execute), config.execute * config.actions)
+        times, wide = (
+            (limit, config.actions)
+            if self.spec.explore == "step"
+            else (-(-limit // config.execute), config.execute * config.actions)
+        )
         along = lambda *more: torch.zeros(n, times, *more)
-        steps = Steps(along(config.observations), along(wide), along() + 1, along(config.actions) if self.spec.explore == "step" else None)
+        steps = Steps(
+            along(config.observations), along(wide), along() + 1, along(config.actions) if self.spec.explore == "step" else None
+        )
         return Rollout(steps, along(), along(), torch.arange(n) // self.spec.group)
 
     def feedback(self, batches: list, row: dict) -> dict[str, float]:

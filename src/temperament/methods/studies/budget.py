@@ -33,12 +33,12 @@ class Budget:
 
         preferences = s B / c_pref;    demonstrations = (1 - s) B / c_sft              B budget, s share, c what a row costs
 
-    The recipe has a train step on demonstrations and after it one on pairs; each budget and share runs both, on that many rows of their
-    sources, over several seeds. s = 0 leaves the second step out, s = 1 the first, so that preferences are learnt from the base (its
-    reference). What rounding leaves over is less than a row. Give the steps `epochs`, so that more rows are more steps. Read: the target for
-    every split with a t interval over seeds, the best share of each budget, and what that advises.
-    Source: Raghavendra et al. 2025 (paper 122): below a thousand rows all on demonstrations; above, more and more on preferences.
-    """
+    The recipe has a train step on demonstrations and after it one on pairs; each budget and share runs both, on that many
+    rows of their sources, over several seeds. s = 0 leaves the second step out, s = 1 the first, so that preferences are
+    learnt from the base (its reference). What rounding leaves over is less than a row. Give the steps `epochs`, so that more
+    rows are more steps. Read: the target for every split with a t interval over seeds, the best share of each budget, and
+    what that advises. Source: Raghavendra et al. 2025 (paper 122): below a thousand rows all on demonstrations; above, more
+    and more on preferences."""
 
     budgets: list[float]  # what may be spent, in the unit of the costs
     shares: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])  # of it on preferences
@@ -78,22 +78,40 @@ class Budget:
         for budget in self.budgets:
             for split in self.splits(budget):
                 mine = [runs[k] for seed in self.seeds if (k := split.where(seed)) in runs]
-                row: dict[str, Any] = {"budget": budget, "share": split.share, "demonstrations": split.demonstrations, "preferences": split.preferences, "runs": len(mine)}
+                row: dict[str, Any] = {
+                    "budget": budget,
+                    "share": split.share,
+                    "demonstrations": split.demonstrations,
+                    "preferences": split.preferences,
+                    "runs": len(mine),
+                }
                 for what in ("target", "gain", "retained", "loss", "nll", "kl", "steps", "seconds"):
                     values = [m[what] for m in mine if m.get(what) is not None]
                     row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
                 rows.append(row)
         measured = [r for r in rows if r["target"] is not None]
-        best = [max(of, key=lambda r: (r["target"], -r["share"])) for b in self.budgets if (of := [r for r in measured if r["budget"] == b])]
+        best = [
+            max(of, key=lambda r: (r["target"], -r["share"]))
+            for b in self.budgets
+            if (of := [r for r in measured if r["budget"] == b])
+        ]
         return {"splits": rows, "best": best, "advice": advice(best), "seeds": list(self.seeds)}
 
     def frontier(self, finding: dict[str, Any]) -> dict[str, Any]:
         """For the picture: a line for every budget, the target over the share that went into preferences."""
         of = lambda b: [r for r in finding["splits"] if r["budget"] == b and r["target"] is not None]
-        lines = [{"name": f"budget {b:g}", "x": [r["share"] for r in of(b)], "y": [r["target"] for r in of(b)]} for b in self.budgets]
-        table = [{"budget": f"{r['budget']:g}", "best": f"{r['share']:g}", "rows": f"{r['demonstrations']} + {r['preferences']}", "target": r["target"],
-                  "ci95": r["target_ci95"]} for r in finding["best"]]  # fmt: skip
-        return {"title": "One budget, two kinds of rows", "x_label": "share spent on preferences", "lines": lines, "best": table, "said": finding["advice"]}
+        lines = [
+            {"name": f"budget {b:g}", "x": [r["share"] for r in of(b)], "y": [r["target"] for r in of(b)]} for b in self.budgets
+        ]
+        named = lambda r: {"budget": f"{r['budget']:g}", "best": f"{r['share']:g}", "target": r["target"], "ci95": r["target_ci95"]}
+        table = [named(r) | {"rows": f"{r['demonstrations']} + {r['preferences']}"} for r in finding["best"]]
+        return {
+            "title": "One budget, two kinds of rows",
+            "x_label": "share spent on preferences",
+            "lines": lines,
+            "best": table,
+            "said": finding["advice"],
+        }
 
     def chosen(self, finding: dict[str, Any], runs: dict[tuple, Any]) -> tuple | None:
         """The run that is shown item by item: the best split of the largest budget, first seed."""
@@ -109,7 +127,11 @@ def stages(recipe: Any) -> tuple[str, str]:
     taught = next((i for i, s in enumerate(recipe.steps) if takes(s, "Tokens")), None)
     preferred = next((i for i, s in enumerate(recipe.steps) if takes(s, "Pairs")), None)
     if taught is None or preferred is None or preferred < taught:
-        raise UserError("steps", [s.name for s in recipe.steps], "a budget is split between a train step on demonstrations and, after it, one on pairs: give both")
+        raise UserError(
+            "steps",
+            [s.name for s in recipe.steps],
+            "a budget is split between a train step on demonstrations and, after it, one on pairs: give both",
+        )
     return recipe.steps[taught].name, recipe.steps[preferred].name
 
 
@@ -120,7 +142,9 @@ def variant(recipe: Any, split: Split, taught: str, preferred: str, seed: int) -
         if rows.get(step.name) == 0:
             continue
         if step.name in rows:
-            step = replace(step, train=replace(step.train, source=limited(step.train.source, rows[step.name], f"{step.name}.train.source")))
+            step = replace(
+                step, train=replace(step.train, source=limited(step.train.source, rows[step.name], f"{step.name}.train.source"))
+            )
         if step.start in rows and rows[step.start] == 0:
             step = replace(step, start="previous")
         steps.append(step)
@@ -135,7 +159,11 @@ def limited(source: Any, n: int, field: str) -> Any:
     if size is None:
         raise UserError(field, name, "this source cannot be told how many rows to give; use data.file or data.lab")
     if getattr(source, "holdout", 0):
-        raise UserError(f"{field}.{name}.holdout", source.holdout, "a budget counts the rows that are trained on: set holdout: 0, and name a suite in evaluation")
+        raise UserError(
+            f"{field}.{name}.holdout",
+            source.holdout,
+            "a budget counts the rows that are trained on: set holdout: 0, and name a suite in evaluation",
+        )
     return replace(source, **{size: n})
 
 
@@ -143,7 +171,13 @@ def advice(best: list[dict[str, Any]]) -> str:
     """The best share of every budget, in a sentence or two."""
     if not best:
         return "Nothing was measured: there is no advice."
-    tell = lambda r: "all on demonstrations" if r["share"] == 0 else "all on preferences" if r["share"] == 1 else f"{100 * r['share']:g} % on preferences"
+    tell = lambda r: (
+        "all on demonstrations"
+        if r["share"] == 0
+        else "all on preferences"
+        if r["share"] == 1
+        else f"{100 * r['share']:g} % on preferences"
+    )
     words = [f"of {r['budget']:g}, {tell(r)} ({100 * r['target']:.0f} % on the target)" for r in best]
     shares = [r["share"] for r in sorted(best, key=lambda r: r["budget"])]
     grows = len(shares) > 1 and shares[-1] > shares[0] and shares == sorted(shares)

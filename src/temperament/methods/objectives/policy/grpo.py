@@ -19,11 +19,10 @@ class GRPO:
         rho_t = exp(log pi(y_t) - log pi_old(y_t))
         loss = - sum_t min(rho_t A, clip(rho_t, 1 - e_low, 1 + e_high) A) / count  +  beta * KL(pi || reference)
 
-    count: all sampled tokens of the batch (`token`, as DAPO), or each response averaged first (`sequence`, the first paper), or
-    a constant (`constant`: responses x max_new, as Dr. GRPO). KL is the k3 estimator exp(d) - d - 1 with d = ref - pi per token, nats.
-    scale: divide by the group's standard deviation, or not (Dr. GRPO). A group whose rewards are all equal has A = 0 and teaches nothing.
-    Source: Shao et al. 2024 (DeepSeekMath); Yu et al. 2025 (DAPO); Liu et al. 2025 (Dr. GRPO).
-    """
+    count: all sampled tokens of the batch (`token`, as DAPO), or each response averaged first (`sequence`, the first paper),
+    or a constant (`constant`: responses x max_new, as Dr. GRPO). KL is the k3 estimator exp(d) - d - 1 with d = ref - pi per
+    token, nats. scale: divide by the group's standard deviation, or not (Dr. GRPO). A group whose rewards are all equal has
+    A = 0 and teaches nothing. Source: Shao et al. 2024 (DeepSeekMath); Yu et al. 2025 (DAPO); Liu et al. 2025 (Dr. GRPO)."""
 
     batch: ClassVar = ("Rollout",)
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low

@@ -19,13 +19,13 @@ class PPO:
 
         r_t = R [t is the last token] (or the reward of step t) - beta (log pi_old(y_t) - log pi_ref(y_t))
         delta_t = r_t + gamma V(s_t+1) - V(s_t);    A_t = delta_t + gamma lambda A_t+1;    returns_t = A_t + V(s_t)
-        loss = - sum_t min(rho_t A_t, clip(rho_t, 1 - e, 1 + e) A_t) / count        rho_t = pi(y_t) / pi_old(y_t), count: sampled tokens
+        loss = - sum_t min(rho_t A_t, clip(rho_t, 1 - e, 1 + e) A_t) / count    rho_t = pi(y_t) / pi_old(y_t); count: tokens
 
-    V is the head `value` of the player `critic`, asked before either is trained; `returns` are left in the batch for its objective
-    (objectives.policy.value). critic: null takes V = 0, REINFORCE with reward to go. Each rollout is taken in `epochs` passes over
-    `minibatches` parts. Advantages are centred and scaled over the tokens of the batch when `whiten`.
-    Source: Schulman et al. 2017; the token reward is that of ReFT (paper 213): lambda 1, gamma 0.95, beta 0.01 to 0.05, 2 epochs.
-    """
+    V is the head `value` of the player `critic`, asked before either is trained; `returns` are left in the batch for its
+    objective (objectives.policy.value). critic: null takes V = 0, REINFORCE with reward to go. Each rollout is taken in
+    `epochs` passes over `minibatches` parts. Advantages are centred and scaled over the tokens of the batch when `whiten`.
+    Source: Schulman et al. 2017; the token reward is that of ReFT (paper 213): lambda 1, gamma 0.95, beta 0.01 to 0.05, 2
+    epochs."""
 
     batch: ClassVar = ("Rollout",)
     clip: float = 0.2  # e: how far a ratio counts
@@ -95,7 +95,8 @@ def at_the_end(rewards: Tensor, w: Tensor) -> Tensor:
 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, w: Tensor, gamma: float, lam: float) -> Tensor:
-    """(rows, T): advantages at the tokens with w = 1, as if those alone followed each other; 0 elsewhere. After the last, V = 0."""
+    """(rows, T): advantages at the tokens with w = 1, as if those alone followed each other; 0 elsewhere. After the last, V =
+    0."""
     out = torch.zeros_like(rewards)
     following, ahead = torch.zeros(2, len(rewards))  # V and A of the next sampled token
     for t in range(rewards.shape[1] - 1, -1, -1):

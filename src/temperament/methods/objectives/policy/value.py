@@ -14,13 +14,13 @@ from temperament.protocols import Term, Terms
 @part("objectives.policy.value", papers=["213"], modalities=("text", "control"))
 @dataclass(frozen=True)
 class Value:
-    """A critic's regression: what it says of each state against what came after, not further from what it said before than `clip`.
+    """A critic's regression: what it says of each state against what came after, not further from what it said before than
+    `clip`.
 
-        loss = 1/2 sum_t max( (V - returns_t)^2, (V_old + clamp(V - V_old, -c, c) - returns_t)^2 ) / count         count: sampled tokens
+        loss = 1/2 sum_t max( (V - returns_t)^2, (V_old + clamp(V - V_old, -c, c) - returns_t)^2 ) / count    count: tokens
 
-    For a player with `adapters.value_head` whose turn comes after that of the policy: `returns` and V_old are what objectives.policy.ppo
-    left in the batch. Source: Schulman et al. 2017; paper 213.
-    """
+    For a player with `adapters.value_head` whose turn comes after that of the policy: `returns` and V_old are what
+    objectives.policy.ppo left in the batch. Source: Schulman et al. 2017; paper 213."""
 
     batch: ClassVar = ("Rollout",)
     clip: float | None = 0.2  # c; null: unclipped
@@ -29,7 +29,11 @@ class Value:
 
     def prepare(self, whole: Rollout, views) -> Rollout:
         if whole.returns is None:
-            raise UserError("objectives.policy.value", "no returns", "the objective of the policy must leave them: use objectives.policy.ppo there")
+            raise UserError(
+                "objectives.policy.value",
+                "no returns",
+                "the objective of the policy must leave them: use objectives.policy.ppo there",
+            )
         return whole
 
     def updates(self, whole: Rollout, views) -> list[Rollout]:

@@ -19,11 +19,10 @@ class DPO:
         loss = - log sigmoid( beta * ((pi_w - ref_w) - (pi_l - ref_l)) )       mean over pairs; with label smoothing e:
                - (1 - e) log sigmoid(m) - e log sigmoid(-m)
 
-    pi, ref: log-probs of the whole response (nats) under the policy and the reference; w the chosen, l the rejected one. The reference
-    is a *version* of the same model - by default `start`, the model as this step began (after SFT: the SFT model) - scored once a
-    batch, not a second model. Where the source gives each pair a doubt of its own (`Pairs.doubt`), that is its e.
-    Source: Rafailov et al. 2023.
-    """
+    pi, ref: log-probs of the whole response (nats) under the policy and the reference; w the chosen, l the rejected one. The
+    reference is a *version* of the same model - by default `start`, the model as this step began (after SFT: the SFT model)
+    - scored once a batch, not a second model. Where the source gives each pair a doubt of its own (`Pairs.doubt`), that is
+    its e. Source: Rafailov et al. 2023."""
 
     batch: ClassVar = ("Pairs",)
     beta: float = 0.1  # strength of the anchor to the reference; small moves further away
@@ -48,4 +47,8 @@ class DPO:
         margin, n = self.beta * (chosen - rejected), len(micro)
         e = self.label_smoothing if micro.doubt is None else micro.doubt
         nll = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
-        return {"dpo": Term(nll, n), "margin": Term(margin.detach(), n, weight=0), "accuracy": Term((margin > 0).float(), n, weight=0)}
+        return {
+            "dpo": Term(nll, n),
+            "margin": Term(margin.detach(), n, weight=0),
+            "accuracy": Term((margin > 0).float(), n, weight=0),
+        }

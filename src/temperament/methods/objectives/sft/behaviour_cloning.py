@@ -13,10 +13,10 @@ from temperament.protocols import Term, Terms
 class BehaviourCloning:
     """Do as was done: the square of what a policy would decide less what a demonstrator did.
 
-        loss = 1/2 sum over steps of | mean(o_t) - d_t |^2 / count          count: steps shown; d_t (k,), summed over its entries
+        loss = 1/2 sum over steps of | mean(o_t) - d_t |^2 / count     count: steps shown; d_t (k,), summed over its entries
 
-    It is the negative log-prob of the demonstrations under a Gaussian of spread 1, constants apart; the policy's own spread gets no gradient.
-    """
+    It is the negative log-prob of the demonstrations under a Gaussian of spread 1, constants apart; the policy's own spread
+    gets no gradient."""
 
     batch: ClassVar = ("Steps",)
 
