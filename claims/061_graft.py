@@ -2,7 +2,7 @@
 
 One procedure is taught by full fine-tuning; then a mask of 1 % of the changed entries is trained on the same rows (no weight
 moves). Compared: what is lost of the retained skills, graft against the whole fine-tune; the condition is that the graft
-keeps 95 % of the target. Printed beside it: the largest entries alone, without training the mask.
+keeps 95 % of the target. Printed beside it: the largest entries alone, without training the mask, at several shares.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
 TASK = "shift"
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.4)  # of the largest entries alone
 
 
 def recipe(learn: bool, items: int = 100) -> dict:
@@ -33,9 +34,11 @@ def recipe(learn: bool, items: int = 100) -> dict:
 def run(seed, lab):
     method, baseline = lab.tune("graft", recipe(True), seed), lab.tune("full", recipe(False), seed)
     made = lab.run("full", replace(read(recipe(False)), seed=seed), seed)
-    largest = parts.build({"merge.sparse_sum": {"density": 0.01}}).merge(made.base, [made.delta])
-    alone = Scorer(made.recipe, made.base, 100, development=False).summary(largest)
-    beside = {"largest_alone_target": alone["target"], "largest_alone_retained": alone["retained"]}
+    score, beside = Scorer(made.recipe, made.base, 100, development=False), {}
+    for share in SHARES:
+        largest = parts.build({"merge.sparse_sum": {"density": share}}).merge(made.base, [made.delta])
+        alone = score.summary(largest)
+        beside |= {f"largest_{share:g}_target": alone["target"], f"largest_{share:g}_retained": alone["retained"]}
     return {"method": method, "baseline": baseline | beside}
 
 
