@@ -1,8 +1,11 @@
 """A change extracted from two checkpoints has the error it states, and PEFT reads the low-rank ones."""
 
+import shutil
+
 import pytest
 import torch
 from run.test_merging import tiny, weights
+from safetensors.torch import save_file
 
 from temperament.delta import Delta, LowRank
 from temperament.errors import UserError
@@ -79,3 +82,17 @@ def test_refusals(pair, tmp_path):
         with pytest.raises(UserError, match=message):
             extract(base, tuned, tmp_path / "no", **options)
         assert not (tmp_path / "no").exists()
+
+
+def test_what_an_extract_cannot_hold_is_said(pair, tmp_path):
+    """A tensor that only the tuned side has would be lost without a word; of equal checkpoints there is nothing."""
+    base, tuned = pair
+    more = tmp_path / "more"
+    shutil.copytree(tuned, more)
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}
+    save_file(weights(tuned) | bias, more / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="q_proj.bias"):
+        extract(str(base), str(more), tmp_path / "no", kind="sparse", density=0.5)
+    for kind in ("low_rank", "sparse"):
+        with pytest.raises(UserError, match="nothing to extract"):
+            extract(str(base), str(base), tmp_path / "no", kind=kind, error=0.5)

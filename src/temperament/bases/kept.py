@@ -66,7 +66,8 @@ def _run(folder: Path, field: str) -> Kept:
     delta = folder / "delta"
     if "delta" in run and not delta.is_dir():
         raise UserError(field, str(delta), "the change of this run is missing; copy it again, or tune again with --fresh")
-    return Kept(_base(run, folder / "run.json", field), delta if delta.is_dir() else None, folder)
+    # (a folder may still hold the change of a recipe that was carried out in it before)
+    return Kept(_base(run, folder / "run.json", field), delta if "delta" in run else None, folder)
 
 
 def _base(run: dict[str, Any], file: Path, field: str) -> str:

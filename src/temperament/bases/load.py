@@ -11,6 +11,7 @@ Every parameter is addressed `component/path`; identity is a sha256 per componen
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -52,6 +53,13 @@ class Base:
         if not self.sha256:
             for name, module in self.components.items():
                 self.sha256 |= identity(module, name)
+
+    @cached_property
+    def reading(self) -> str:
+        """sha256 of what decides how these weights are used: configuration, precision, tokenizer and its chat template. Scores
+        and steps are addressed by it beside the weights."""
+        told = [{n: _settings(m) for n, m in self.components.items()}, _words(self.tokenizer)]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def model(self) -> nn.Module:
@@ -353,6 +361,28 @@ def _model_class(config: Any, transformers: Any) -> tuple[type, str]:
     if "SequenceClassification" in architecture:
         return transformers.AutoModelForSequenceClassification, "encoder"
     return transformers.AutoModelForCausalLM, "lm"
+
+
+VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")  # they change no result
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """What a module computes with beside its weights, and their precision."""
+    configs = [getattr(module, name, None) for name in ("config", "generation_config")]
+    plain = [c.to_dict() if hasattr(c, "to_dict") else vars(c) if c is not None else {} for c in configs]
+    dtypes = sorted({str(p.dtype) for p in module.parameters()})
+    return [{k: v for k, v in c.items() if k not in VOLATILE} for c in plain] + [dtypes]
+
+
+def _words(tokenizer: Any) -> Any:
+    """How a tokenizer reads and renders; not how a caller has last set it to pad."""
+    if tokenizer is None:
+        return None
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
+    for name in ("truncation", "padding"):
+        model.pop(name, None) if fast is not None else None
+    return [model, tokenizer.special_tokens_map, tokenizer.chat_template]
 
 
 @torch.no_grad()

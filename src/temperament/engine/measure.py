@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,8 +102,12 @@ class TextSkill:
         return {"higher_is_better": False, "bounds": None, "passes": None, "unit": "nats"} if self.metric == "nll" else {}
 
     def key(self) -> str:
-        """What is asked: part of the address of cached scores."""
-        return content_key("text", self.name, self.metric, self.max_new, [(q.id, q.prompt, q.expected) for q in self.questions])
+        """What is asked, and by which chat template (the text of it): part of the address of cached scores."""
+        how, template = dict(self.encoding), self.encoding.get("chat_template") or ""
+        if "{" not in template and Path(template).expanduser().is_file():
+            how["chat_template"] = Path(template).expanduser().read_text(encoding="utf-8")
+        asked = [(q.id, q.prompt, q.expected) for q in self.questions]
+        return content_key("text", self.name, self.metric, self.max_new, asked, how)
 
     def some(self, n: int) -> TextSkill:
         return replace(self, questions=self.questions[:n])

@@ -54,6 +54,16 @@ def in_turn(n: int, count: int, start: int, seed: int, purpose: str = "rollout/p
     return out
 
 
+def told_apart(chosen: Sequence[int], n: int) -> list[int]:
+    """Numbers of the n things chosen, of which one that comes again in a step is another: p, then p + n, p + 2 n, ..."""
+    seen: dict[int, int] = {}
+    out = []
+    for p in chosen:
+        out.append(p + n * seen.get(p, 0))
+        seen[p] = seen.get(p, 0) + 1
+    return out
+
+
 def respond(
     ctx: Any, model: Any, prompts: Sequence[list[int]], sampling: Sampling, step: int, examples: Sequence[int], batch: int = 256
 ) -> Generated:

@@ -20,7 +20,8 @@ from temperament.protocols import Shape
 
 def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
     """Sweep `delta` on the base of `skills` (run.tune.Skills); spec: recipe.Dial. Points are dicts of strength, shape, target,
-    retained (means over skills, 0..1 or the measure's unit) and each skill's own value; changes are in percentage points."""
+    retained (means over skills, 0..1 or the measure's unit) and each skill's own value; changes are in percentage points, or
+    hundredths of the unit, up meaning better."""
     base, some = skills.base, _Some(skills, spec.items)
     if not some.targets:
         raise UserError(
@@ -52,7 +53,7 @@ def choose(points: list[dict[str, Any]], budget: float) -> dict[str, Any]:
     """Among points that lose at most `budget` percentage points on the retained skills: most target, then least loss, then
     strength."""
     within = [p for p in points if p["retained_change"] >= -budget - 1e-9] or [max(points, key=lambda p: p["retained_change"])]
-    return max(within, key=lambda p: (p["target"], p["retained_change"], p["strength"]))
+    return max(within, key=lambda p: (p["target_change"], p["retained_change"], p["strength"]))
 
 
 def scaled(delta: Delta, point: dict[str, Any], places: Any) -> Delta:
@@ -68,6 +69,7 @@ class _Some:
         self.all = skills
         self.skills = [s.some(items) for s in skills.skills]
         self.targets = [s.name for s in self.skills if s.role == "target"]
+        self.sign = {s.name: 1 if s.how.get("higher_is_better", True) else -1 for s in self.skills}
         self.retained = [s.name for s in self.skills if s.role == "retained" and not s.how.get("unit")]
 
     def values(self) -> dict[str, float]:
@@ -77,8 +79,12 @@ class _Some:
             out[s.name] = sum(scores) / max(len(scores), 1)
         return out
 
+    def worth(self, values: dict[str, float]) -> float:
+        """Mean of the targets, up meaning better: of nats less is."""
+        return sum(self.sign[n] * values[n] for n in self.targets) / max(len(self.targets), 1)
+
     def summary(self, values: dict[str, float], zero: dict[str, float]) -> dict[str, float]:
         mean = lambda names, of: sum(of[n] for n in names) / max(len(names), 1)
         target, retained = mean(self.targets, values), mean(self.retained, values)
-        return {"target": target, "retained": retained, "target_change": 100 * (target - mean(self.targets, zero)),
+        return {"target": target, "retained": retained, "target_change": 100 * (self.worth(values) - self.worth(zero)),
                 "retained_change": 100 * (retained - mean(self.retained, zero))}  # fmt: skip

@@ -55,6 +55,9 @@ def extract(
         raise UserError("--rank, --density", size, "rank is at least 1, density in (0, 1]")
     under, over = open_input(base, field="--base"), open_input(tuned)
     lazy = between(under.source, over.source, exact=False, lazy=True, identify=False)
+    if lost := sorted([*lazy.additions, *(n for n in lazy.buffers if not _same(under, over, n))]):
+        mend = f"{tuned} has it other than {base}, and an extract holds changes of weights alone; use `temper merge` or a copy"
+        raise UserError("tensor", lost[0].split("/", 1)[1], mend)
     make = {"low_rank": lambda d: _low(d, rank, error), "sparse": lambda d: _sparse(d, density, error),
             "ternary": lambda d: _ternary(d, density, error)}[kind]  # fmt: skip
     changes: dict[str, Change] = {}
@@ -73,12 +76,18 @@ def extract(
         row = {"name": name.split("/", 1)[1], "error": off / norm, "bytes": change.bytes, "norm": norm}
         rows.append(row | ({"rank": change.rank} if hasattr(change, "rank") else {}))
         tell("extract", done=k + 1, total=len(lazy.changes), **row)
+    if not changes:
+        raise UserError("tuned", tuned, f"its weights are those of {base}: there is nothing to extract")
     delta = Delta(changes, base=identity(under.source), meta={"extracted": {"kind": kind, "from": tuned, "base": base}})
     as_ = _write(delta, under, Path(out), kind)
     dense = sum(under.source.entry(n).numel * 4 for n in changes)
     whole = (left / squares) ** 0.5 if squares else 0.0
     return {"out": str(out), "kind": kind, "as": as_, "base": base, "tuned": tuned, "error": whole, "bytes": delta.bytes,
             "times_smaller": dense / max(delta.bytes, 1), "tensors": rows}  # fmt: skip
+
+
+def _same(under: Input, over: Input, name: str) -> bool:
+    return torch.equal(under.source.read(name), over.source.read(name).to(under.source.entry(name).dtype))
 
 
 def _difference(change: Change, under: Input, name: str) -> Tensor:

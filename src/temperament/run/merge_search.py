@@ -19,6 +19,7 @@ from temperament.bases.load import load
 from temperament.errors import UserError
 from temperament.protocols import Merge
 from temperament.run import recipe as schema
+from temperament.run.artefacts import address
 from temperament.run.evaluate import suite
 from temperament.run.export import delta_of
 from temperament.run.merge_inputs import named_base
@@ -68,7 +69,7 @@ def search(
     journal = Path(out).with_name(Path(out).name + ".search.jsonl")
     journal.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        study_name=json.dumps([method, list(models), base, items, seed], sort_keys=True),
+        study_name=address([method, parts.plain(recipe), budget, loaded.sha256, loaded.reading, [d.digest for d in deltas]]),
         storage=JournalStorage(JournalFileBackend(str(journal))),
         sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize", load_if_exists=True)  # fmt: skip
 

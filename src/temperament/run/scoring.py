@@ -16,7 +16,7 @@ AWAY = 10_007  # added to a suite's seed: other items than the ledger's
 
 
 class Scorer:
-    """score(delta) -> mean of the target skills of base + delta; `values` keeps every skill. Suites without a seed of their own
+    """score(delta) -> mean of the target skills of base + delta, up meaning better; `values` keeps every skill. Suites without a seed of their own
     (files) give the same items they are measured on; the part that chooses declares that it tunes on development data."""
 
     def __init__(self, recipe: schema.Recipe, base: Any, items: int, development: bool = True):
@@ -33,10 +33,14 @@ class Scorer:
         self.values: list[dict[str, float]] = []
 
     def __call__(self, delta: Delta) -> float:
-        return self.summary(delta)["target"]
+        return self.some.worth(self.measured(delta))
 
     def summary(self, delta: Delta) -> dict[str, float]:
         """target, retained (means, 0..1), target_change, retained_change (percentage points against the base)."""
+        return self.some.summary(self.measured(delta), self.zero)
+
+    def measured(self, delta: Delta) -> dict[str, float]:
+        """The mean of every skill of base + delta."""
         self.base.reset()
         self.base.apply(delta)
         try:
@@ -44,7 +48,7 @@ class Scorer:
         finally:
             self.base.reset()
         self.values.append(found)
-        return self.some.summary(found, self.zero)
+        return found
 
 
 def _away(suite: Any) -> Any:

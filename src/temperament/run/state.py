@@ -39,21 +39,21 @@ def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
     composed a tensor, the tensor is kept."""
     if before is None:
         return step
-    known = dict(base.parameters())
+    known, before = dict(base.parameters()), before.baked()  # a merge may leave a strength, also on what this step does not touch
     changes: dict[str, Change] = dict(before.changes)
     for name, change in step.changes.items():
         old = changes.get(name)
         if old is None:
             changes[name] = change
         elif isinstance(old, LowRank) and isinstance(change, LowRank):
-            changes[name] = add(old.scaled(before.strength), change)
+            changes[name] = add(old, change)
         elif isinstance(change, Replace):
             changes[name] = change
         else:
-            whole = change.apply(old.scaled(before.strength).apply(base.originals.get(name, known[name].detach())))
+            whole = change.apply(old.apply(base.originals.get(name, known[name].detach())))
             sparse = isinstance(old, Sparse) and isinstance(change, Sparse)
             changes[name] = Sparse.at(whole, torch.cat([old.indices, change.indices]).unique()) if sparse else Replace(whole)
-    additions = {n: replace(a, strength=a.strength * before.strength) for n, a in before.additions.items()}
+    additions = dict(before.additions)
     for name, addition in step.additions.items():  # two steps may add at one place: the later lies above
         additions[name if name not in additions else f"{name}+{sum(n.partition('+')[0] == name for n in additions)}"] = addition
     return Delta(changes, additions, {**before.buffers, **step.buffers}, base=before.base or step.base)

@@ -54,7 +54,7 @@ class Steps:
     ):
         self.recipe, self.base, self.skills, self.folder, self.world, self.tell = recipe, base, skills, folder, world, tell
         self.after = after  # each step
-        self.states = {"base": State(address("base", base.sha256))}
+        self.states = {"base": State(address("base", base.sha256, base.reading))}
         self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
         self.book = Book(tell)
         self.done: list[dict[str, Any]] = []  # an entry for run.json of each
@@ -243,7 +243,8 @@ class Steps:
         """Addresses of what else a step reads: other artefacts, and of the recipe around it what can change its result."""
         known = self.scope(step.name)
         if step.merge:
-            return [known[n].key if n in known else file_sha(n) for n in self.merged(spec, known)]
+            scored = self.skills.key("search") if hasattr(spec.method, "search") else ""
+            return [scored] * bool(scored) + [known[n].key if n in known else file_sha(n) for n in self.merged(spec, known)]
         read = [n for p in walk_all(spec) for n in getattr(p, "inputs", ())]
         for name in read:
             if name not in known:

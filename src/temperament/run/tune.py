@@ -149,6 +149,7 @@ class _Tuning:
             device = self.world.device if recipe.device == "auto" else recipe.device
             how = {"dtype": recipe.precision.master, "device": device, "trust_remote_code": recipe.trust_remote_code}
             self.base = load(recipe.base, own=True, **how)
+        _ = self.base.reading  # before anything sets the modules otherwise
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
         self.folder.save_run(self.json)
         self.skills = skills_of(recipe, self.base)
@@ -170,7 +171,7 @@ class _Tuning:
         """The base on its own; and with the recipe's inference parts, where it has some. Constants: the user's cache keeps
         them."""
         self.tell("phase", name="base", text="measuring the base")
-        of = address(self.base.sha256)
+        of = address(self.base.sha256, self.base.reading)
         for row, skills in (("base", self.skills.alone()), *([("inference", self.skills)] if self.recipe.inference else [])):
             steps.book.measure(row, skills, cache_dir() / "scores" / f"{skills.key(of)}.json", of)
 

@@ -60,7 +60,10 @@ class File:
         return self.name or Path(self.path).name.partition(".")[0] or self.path
 
     def fingerprint(self) -> str:
-        return fingerprint(self.path)
+        """Of the rows, and of the chat template where that is a file of its own."""
+        template = self.chat_template or ""
+        own = fingerprint(template) if template and "{" not in template and Path(template).expanduser().is_file() else ""
+        return fingerprint(self.path) + own
 
     def suites(self) -> list[Any]:
         """What this source offers to be measured by: the rows it keeps out of training."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from temperament.engine.responses import in_turn, judged, read_prompts, respond
+from temperament.engine.responses import in_turn, judged, read_prompts, respond, told_apart
 from temperament.engine.tokens import Sampling
 from temperament.errors import UserError
 from temperament.nn.batch import Rollout
@@ -67,8 +67,10 @@ class Stream:
         spec, ctx = at(self.spec, progress) if progress is not None else self.spec, self.ctx
         chosen = in_turn(len(self.prompts), self.size, step * self.size, ctx.seed)
         numbers = [p for p in chosen for _ in range(spec.group)]
-        # A response is addressed by its prompt and its place in the group, within this step.
-        examples = [p * spec.group + i % spec.group for i, p in enumerate(numbers)]
+        # A response is addressed by its prompt and its place in the group, within this step. Where a step takes more prompts
+        # than there are, one that comes again is a group of its own.
+        groups_of = [g for g in told_apart(chosen, len(self.prompts)) for _ in range(spec.group)]
+        examples = [g * spec.group + i % spec.group for i, g in enumerate(groups_of)]
         ids = [self.prompts[n].ids for n in numbers]
         sampling = Sampling(max_new=spec.max_new, temperature=spec.temperature, min_new=spec.min_new)
         made = respond(ctx, ctx.live.view("live"), ids, sampling, step, examples, batch=len(ids))
@@ -76,4 +78,4 @@ class Stream:
         texts = [ctx.base.tokenizer.decode(i, skip_special_tokens=True) for i in made.ids]
         groups = [(self.prompts[p], texts[i * spec.group : (i + 1) * spec.group]) for i, p in enumerate(chosen)]
         rewards = [mark for prompt, said in groups for mark in judged(spec.rewards, spec.weights, prompt, said)]
-        return Rollout(tokens, behaviour, torch.tensor(rewards, dtype=torch.float32), torch.tensor(numbers))
+        return Rollout(tokens, behaviour, torch.tensor(rewards, dtype=torch.float32), torch.tensor(groups_of))

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from temperament.engine.responses import in_turn, judged, read_prompts, respond
+from temperament.engine.responses import in_turn, judged, read_prompts, respond, told_apart
 from temperament.engine.tokens import Generated, Sampling, end_tokens
 from temperament.engine.turns import INSTRUCTION, TEXT, Again
 from temperament.errors import UserError
@@ -73,11 +73,14 @@ class Stream:
 
     def batch(self, step: int, progress: Any = None) -> Rollout:
         spec, ctx, n = at(self.spec, progress) if progress is not None else self.spec, self.ctx, len(self.prompts)
-        numbers = [p for p in in_turn(n, self.size, step * self.size, ctx.seed) for _ in range(spec.group)]
+        chosen = in_turn(n, self.size, step * self.size, ctx.seed)
+        numbers = [p for p in chosen for _ in range(spec.group)]
+        groups = [g for g in told_apart(chosen, n) for _ in range(spec.group)]  # a prompt that comes again is another group
+        n *= -(-self.size // n)
         sampling = Sampling(max_new=spec.max_new, temperature=spec.temperature)
         asked, made, marks = [[self.prompts[p].ids for p in numbers]], [], []
         # An answer is addressed by its prompt, its place in the group and its turn, within this step.
-        places = [p * spec.group + i % spec.group for i, p in enumerate(numbers)]
+        places = [g * spec.group + i % spec.group for i, g in enumerate(groups)]
         examples = [places, [n * spec.group + e for e in places]]
         ends = end_tokens(ctx.live.view("live"))
         for turn in (0, 1):
@@ -91,7 +94,7 @@ class Stream:
         self.told = {name: float(v) for name, v in told.items()}
         rewards = torch.cat([first + spec.gamma * second, second + spec.alpha * (second - first)])
         tokens, behaviour, _ = both(*made).batch([*asked[0], *asked[1]], [*examples[0], *examples[1]])
-        prompt, turn = torch.tensor(numbers), torch.arange(2).repeat_interleave(len(numbers))
+        prompt, turn = torch.tensor(groups), torch.arange(2).repeat_interleave(len(numbers))
         return Rollout(tokens, behaviour, rewards, prompt.repeat(2) + n * turn, turn=turn)
 
     def _marks(self, spec: TwoTurn, numbers: list[int], made: list[list[int]]) -> list[float]:
