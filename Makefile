@@ -2,16 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two threads that wait quietly: the tests and the demo are made for two cores.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: demo test bases claims bench lint clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/temper compare recipes/demo.yaml --methods select.full,select.half,adapters.lora --out runs/demo
 
 test: $(VENV)/.test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
 
 bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_policy
