@@ -118,7 +118,8 @@ def test_adapters_merge_to_models_and_to_adapters(lab, tmp_path):
 def run_folder(base, folder, delta):
     (folder).mkdir()
     delta.save(folder / "delta")
-    (folder / "run.json").write_text(json.dumps({"status": "done", "base": {"id": str(base), "sha256": dict(delta.base)}}))
+    told = {"status": "done", "base": {"id": str(base), "sha256": dict(delta.base)}, "delta": {}}
+    (folder / "run.json").write_text(json.dumps(told))
     return folder
 
 
