@@ -330,3 +330,11 @@ def test_two_processes_speak_once(folder):
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["status"] == "done"
+
+
+def test_a_run_of_another_recipe_is_not_written_over_by_a_slip(run, capsys):
+    place, _ = run
+    before = (place / "run.json").read_text()
+    assert cli.main(["tune", str(place / "recipe.yaml"), "--out", str(place), "--set", "seed=77"]) == 2
+    said = capsys.readouterr().err
+    assert "other seed" in said and "--fresh" in said and (place / "run.json").read_text() == before

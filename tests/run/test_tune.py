@@ -422,7 +422,7 @@ def test_the_dial_and_its_choice(base, tmp_path):
 def test_what_is_asked_wrongly_ends_before_anything_is_trained(base, tmp_path):
     for broken, why in [
         (recipe(train("a", stop={"skill": "shfit"})), "shift"),
-        (recipe(train("a", objective="objectives.preference.dpo")), "yields"),
+        (recipe(train("a", objective="objectives.preference.dpo")), "the source gives texts"),
         (recipe(train("a", trainable={"adapters.lora": {"targets": ["q_porj"]}})), "q_proj"),
         (
             recipe(train("a"), suites=[*SUITE, {"evaluate.lab": {"target": "shift", "retained": ["copy"], "items": 2}}]),

@@ -244,8 +244,9 @@ def locate(spec: str, field: str = "base") -> Path | None:
         raise UserError(field, spec, "a base is a folder or a Hugging Face id, not a file")
     if "://" in spec:
         raise UserError(field, spec, "give a folder, or a Hugging Face id as org/name, not an address")
-    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise UserError(field, spec, "no such folder")
+    near = sorted(str(p) for p in path.parent.iterdir() if p.is_dir()) if path.parent != Path() and path.parent.is_dir() else []
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or near:
+        raise UserError(field, spec, f"no such folder; {nearest(spec, near)}" if near else "no such folder")
     return None
 
 

@@ -90,7 +90,8 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
         say.out.print(
             f"The dial of {data['chosen']}: to lose at most {dial['budget']:g} points, "
             f"use strength {best['strength']:g}{shape}: "
-            f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points.\n",
+            f"target {percent(best['target'])}, retained {signed(best['retained_change'])} points"
+            f"{' (the base itself)' if best['strength'] == 0 else ''}.\n",
             highlight=False,
         )
     place("runs", data["out"], say)

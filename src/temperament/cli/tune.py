@@ -38,9 +38,25 @@ def run(a: Any, say: Say) -> dict[str, Any]:
     from temperament import api
     from temperament.cli.live import Live
 
+    if a.out and not (a.resume or a.fresh):
+        refuse_another(a.out, a.recipe, a.set or ())
     with Live(say) as tell:
         done = api.tune(a.recipe, a.out, resume=a.resume, fresh=a.fresh, overrides=a.set or (), tell=tell)
     return done.json | {"out": str(done.folder)}
+
+
+def refuse_another(out: str, recipe: str, overrides: list[str]) -> None:
+    """A finished run of another recipe is not written over by a slip; whoever means it says so."""
+    from pathlib import Path
+
+    from temperament.errors import UserError
+    from temperament.run.recipe import differences, read
+
+    folder = Path(out)
+    if (folder / "run.json").exists() and (differs := differences(folder / "recipe.yaml", read(recipe, overrides))):
+        where = ", ".join(differs[:3]) + (" and more" if len(differs) > 3 else "")
+        mend = f"it holds a run of another recipe (other {where}); add --resume to do only what changed, --fresh to begin again"
+        raise UserError("--out", out, f"{mend}, or name another folder")
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:

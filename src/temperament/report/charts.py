@@ -115,7 +115,9 @@ def dial(d: Any) -> dict[str, Any] | None:
             name = f"{key}, {shape}" if many else key
             if found := _swept(name, [p for p in points if _shape(p) == shape], lambda p, key=key: p.get(key)):
                 lines.append(replace(found, style=f"s{(2 * shapes.index(shape) + (key == 'retained')) % 7}"))
-    names = list(dict.fromkeys(n for p in points for n in (p.get("skills") or {})))[: 0 if many else 24]
+    found = dict.fromkeys(n for p in points for n in (p.get("skills") or {}))
+    share = lambda n: all(0 <= v <= 1 for p in points if show.is_number(v := (p.get("skills") or {}).get(n)))
+    names = [n for n in found if share(n)][: 0 if many else 24]  # nats have no place on an axis of shares
     thin = [_swept(show.name(n), points, lambda p, n=n: (p.get("skills") or {}).get(n), "s7 faint") for n in names]
     thin = [s for s in thin if s and len(s.x) > 1]
     best = d.get("best") if isinstance(d.get("best"), Mapping) and is_number((d.get("best") or {}).get("strength")) else None
@@ -183,6 +185,7 @@ def _dial_words(budget: Any, best: Mapping[str, Any] | None, of: str, start: Map
     words += f" and the retained skills change by {_moved(start, best)} points"
     if abs(best["strength"] - full["strength"]) > 1e-9:
         words += f"; at full strength it was {show.level(full.get('target'))} and {_moved(start, full)}"
+    words += ": that is the base itself" if best["strength"] == 0 else ""
     return words + (f". (They{limit}.)" if limit else ".")
 
 

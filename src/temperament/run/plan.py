@@ -37,7 +37,7 @@ from temperament.run.dry import META, Counting, Shapes, fused_attention, shapes_
 from temperament.run.layouts import token_fields
 from temperament.run.memory import resident, watch
 from temperament.run.recipe import Recipe, Step, Train
-from temperament.run.training import build_players, quiet_training, steps_of
+from temperament.run.training import build_players, must_meet, quiet_training, steps_of
 from temperament.train.context import Context
 from temperament.train.loop import Player, run_batch
 from temperament.train.world import World
@@ -167,6 +167,7 @@ def of_step(step: Step, recipe: Recipe, meta: Base, world: World) -> dict[str, A
         state = sum(bytes_of([p.tensor]) * optimizer_share(spec, p) for p in params)
         counting.flops = 0
         before = counting.now
+        must_meet(players, [type(rows).__name__], f"{step.name}.train.objective")
         for player in players:
             objective = player.objectives.get(type(rows).__name__)
             if objective is not None:

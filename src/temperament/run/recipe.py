@@ -523,3 +523,20 @@ def _override(document: dict[str, Any], override: str) -> None:
 def _first(keys: list[str], known: Iterable[str]) -> str:
     """The longest run of leading words that is known, else the first word."""
     return next((k for n in range(len(keys), 0, -1) if (k := ".".join(keys[:n])) in known), keys[0])
+
+
+def differences(stored: Path, recipe: Recipe) -> list[str]:
+    """Where a recipe differs from the one kept in a file, by place; [] where there is none to compare with."""
+    try:
+        return _apart(read(stored).plain(), recipe.plain()) if stored.exists() else []
+    except UserError:  # kept by another version: what it says cannot be compared
+        return []
+
+
+def _apart(a: Any, b: Any, at: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = dict.fromkeys([*a, *b])
+        return [p for k in keys for p in _apart(a.get(k), b.get(k), f"{at}.{k}" if at else str(k))]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [p for i, (x, y) in enumerate(zip(a, b, strict=True)) for p in _apart(x, y, f"{at}.{i}")]
+    return [] if a == b else [at]

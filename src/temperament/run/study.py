@@ -13,7 +13,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from temperament.errors import UserError
+from temperament.errors import Interrupted, UserError
 from temperament.run.artefacts import Folder, address
 from temperament.run.recipe import Recipe
 from temperament.run.skills import skills_of
@@ -49,7 +49,10 @@ def carry_out(
         lean = replace(
             planned, evaluation=replace(planned.evaluation, dial=None, diagnose=[]), check=planned.check and not done
         )
-        run = tune(lean, folder, resume=bool(stored), base=base, tell=tell)
+        try:
+            run = tune(lean, folder, resume=bool(stored), base=base, tell=tell)
+        except Interrupted as stopped:
+            raise Interrupted(str(stopped).replace("Go on with --resume.", "Give the same line again to go on.")) from None
         left[where], done[where] = run.json, summary(run.json)
         tell("arm-done", where=where, **done[where])
         folders[where] = folder

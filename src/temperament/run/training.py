@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,16 @@ def _zero(piece: Any) -> bool:
     return getattr(piece, "starts_at_zero", False)
 
 
+def must_meet(players: list[Player], kinds: Iterable[str], field: str) -> None:
+    """Refuse objectives none of which takes what the source gives: it would go through the data and learn nothing."""
+    taken = {k: type(o).part_name for p in players for k, o in p.objectives.items()}
+    if not set(taken) & set(kinds):
+        rows = {"Pairs": "pairs (chosen, rejected)", "Tokens": "texts", "Rollout": "samples with rewards", "Labelled": "judged texts"}
+        said = lambda names: " or ".join(rows.get(k, k) for k in names)
+        mend = f"it takes {said(taken)}, and the source gives {said(kinds)}; choose an objective for that, or other rows"
+        raise UserError(field, ", ".join(dict.fromkeys(taken.values())), mend)
+
+
 def steps_of(spec: Train, stream: Any) -> int:
     if spec.steps is not None:
         return spec.steps
@@ -211,13 +221,7 @@ def _trained(
 ) -> Trained:
     stream = spec.source.open(ctx)
     total = steps_of(spec, stream)
-    kinds = {k for p in players for k in p.objectives}
-    if not kinds & set(stream_kinds := getattr(stream, "yields", None) or spec.source.yields):
-        raise UserError(
-            f"{name}.train.objective",
-            sorted(kinds),
-            f"the source yields {', '.join(stream_kinds)}; choose an objective for that",
-        )
+    must_meet(players, getattr(stream, "yields", None) or spec.source.yields, f"{name}.train.objective")
     place, live = folder.path / "checkpoints" / name.replace("/", "."), players[0].live
     start, memory = _take_up(place, key, players, stream, tell)
     folder.log_cut(name, start)

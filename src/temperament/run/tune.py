@@ -74,8 +74,9 @@ def tune(
     world = World(recipe.precision.compute, recipe.log_with, recipe.device, out)
     folder = Folder(out, write=world.main)
     before = _opened(folder, world, resume, fresh)
-    if resume and before and (stored := folder.path / "recipe.yaml").exists() and schema.read(stored).plain() != recipe.plain():
-        tell("note", text="the recipe differs from the one this run began with; steps that changed are done anew")
+    if differs := [] if fresh or not before else schema.differences(folder.path / "recipe.yaml", recipe):
+        where = f"{', '.join(differs[:3])}{' and more' if len(differs) > 3 else ''}"
+        tell("note", text=f"the recipe differs from the one this run began with ({where}); steps that changed are done anew")
     with folder.alone(), tracked(world, recipe, tell) as tell:
         return _Tuning(recipe, folder, world, base, tell).run()
 
