@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from temperament import stats
 from temperament.errors import UserError
+from temperament.run.change import compare
 from temperament.run.ledger import Ledger, Outcome, SkillResult, by_skill, changes_from_json, set_level
 
 Z = 1.959963984540054
@@ -323,3 +325,14 @@ def test_items_side_by_side():
 def test_ledger_imports_no_torch():
     code = "import sys, temperament.run.ledger; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_loss_that_was_not_seen_is_not_called_visible():
+    """Graded scores in bounds: whatever was measured, a change whose interval holds 0 is below the stated power."""
+    rng = np.random.default_rng(secrets.randbits(32))
+    for _ in range(40):
+        x = np.ones(64)
+        y = np.where(rng.random(64) < 0.12, rng.random(64), 1.0 - 0.02 * rng.random(64))
+        rows = [[Outcome(str(i), "keep", "", "", "", float(v)) for i, v in enumerate(side)] for side in (x, y)]
+        c = compare(*(SkillResult("keep", "retained", "agree", tuple(r)) for r in rows))
+        assert c.ci95[1] < 0 or -c.change <= c.power, (c.change, c.ci95, c.power)

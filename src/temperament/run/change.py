@@ -114,7 +114,7 @@ def _item_change(how: SkillResult, old: SkillResult | None, new: SkillResult | N
         x, y = np.asarray(both, dtype=float).T
         ci = _interval(y - x, how, how.skill, "change", paired=True)
         spans = _interval(x, how, how.skill, "level"), _interval(y, how, how.skill, "level")
-        return float(x.mean()), float(y.mean()), float((y - x).mean()), ci, spans, _power(how, x, y), len(both)
+        return float(x.mean()), float(y.mean()), float((y - x).mean()), ci, spans, _power(how, x, y, ci), len(both)
     sides = []
     for side in (0, 1):
         scores = [p[side].score for p in pairs if p[side] is not None and p[side].score is not None]
@@ -147,8 +147,9 @@ def _interval(x: Sequence[float], how: SkillResult, *address: str, paired: bool 
     return stats.score_interval(x, low - high, high - low) if paired else stats.score_interval(x, low, high)
 
 
-def _power(how: SkillResult, x: np.ndarray, y: np.ndarray) -> float | None:
-    """Smallest visible loss (or gain): exact for 0/1 scores, the flips both ways seen here as noise; else from the spread."""
+def _power(how: SkillResult, x: np.ndarray, y: np.ndarray, ci: Interval | None) -> float | None:
+    """Smallest visible loss (or gain): exact for 0/1 scores, the flips both ways seen here as noise; else from the spread, and
+    not below what the interval itself, which guards against rare large losses, could tell from none."""
     n, moved = len(x), y - x
     spread = float(np.std(moved, ddof=1)) if n > 1 else math.inf
     if how.bounds is None:
@@ -158,7 +159,11 @@ def _power(how: SkillResult, x: np.ndarray, y: np.ndarray) -> float | None:
         return width * stats.smallest_seen(n, float(min(np.mean(moved > 0), np.mean(moved < 0))))
     if spread < 1e-12 * width or not math.isfinite(spread):  # nothing moved: a loss would come as a few whole items
         return width * stats.smallest_seen(n)
-    return min(width, stats.smallest_mean_seen(n, spread))
+    reach = stats.smallest_mean_seen(n, spread)
+    guarded = (
+        reach / (stats.quantile(0.5 + stats.LEVEL / 2) * spread / math.sqrt(n)) * (float(moved.mean()) - ci[0]) if ci else 0.0
+    )
+    return min(width, max(reach, guarded))
 
 
 def _graded(measure: str, skill: str, pairs: list) -> Graded | None:
