@@ -91,7 +91,7 @@ def test_what_an_extract_cannot_hold_is_said(pair, tmp_path):
     shutil.copytree(tuned, more)
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}
     save_file(weights(tuned) | bias, more / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="q_proj.bias"):
+    with pytest.raises(UserError, match="q_proj"):
         extract(str(base), str(more), tmp_path / "no", kind="sparse", density=0.5)
     for kind in ("low_rank", "sparse"):
         with pytest.raises(UserError, match="nothing to extract"):

@@ -16,8 +16,9 @@ AWAY = 10_007  # added to a suite's seed: other items than the ledger's
 
 
 class Scorer:
-    """score(delta) -> mean of the target skills of base + delta, up meaning better; `values` keeps every skill. Suites without a seed of their own
-    (files) give the same items they are measured on; the part that chooses declares that it tunes on development data."""
+    """score(delta) -> mean of the target skills of base + delta, up meaning better; `values` keeps every skill. Suites without
+    a seed of their own (files) give the same items they are measured on; the part that chooses declares that it tunes on
+    development data."""
 
     def __init__(self, recipe: schema.Recipe, base: Any, items: int, development: bool = True):
         spec = recipe.evaluation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
     composed a tensor, the tensor is kept."""
     if before is None:
         return step
-    known, before = dict(base.parameters()), before.baked()  # a merge may leave a strength, also on what this step does not touch
+    before = before.baked()  # a merge may leave a strength, which holds for what this step does not touch as well
+    known = dict(base.parameters())
     changes: dict[str, Change] = dict(before.changes)
     for name, change in step.changes.items():
         old = changes.get(name)
