@@ -155,7 +155,8 @@ def must_meet(players: list[Player], kinds: Iterable[str], field: str) -> None:
     """Refuse objectives none of which takes what the source gives: it would go through the data and learn nothing."""
     taken = {k: type(o).part_name for p in players for k, o in p.objectives.items()}
     if not set(taken) & set(kinds):
-        rows = {"Pairs": "pairs (chosen, rejected)", "Tokens": "texts", "Rollout": "samples with rewards", "Labelled": "judged texts"}
+        rows = {"Pairs": "pairs (chosen, rejected)", "Tokens": "texts"}
+        rows |= {"Rollout": "samples with rewards", "Labelled": "judged texts"}
         said = lambda names: " or ".join(rows.get(k, k) for k in names)
         mend = f"it takes {said(taken)}, and the source gives {said(kinds)}; choose an objective for that, or other rows"
         raise UserError(field, ", ".join(dict.fromkeys(taken.values())), mend)
