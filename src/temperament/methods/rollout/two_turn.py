@@ -76,7 +76,7 @@ class Stream:
         chosen = in_turn(n, self.size, step * self.size, ctx.seed)
         numbers = [p for p in chosen for _ in range(spec.group)]
         groups = [g for g in told_apart(chosen, n) for _ in range(spec.group)]  # a prompt that comes again is another group
-        n *= -(-self.size // n)
+        n *= max(groups) // n + 1
         sampling = Sampling(max_new=spec.max_new, temperature=spec.temperature)
         asked, made, marks = [[self.prompts[p].ids for p in numbers]], [], []
         # An answer is addressed by its prompt, its place in the group and its turn, within this step.
