@@ -1,11 +1,11 @@
 """[122] Balancing the budget: few rows are best spent on demonstrations; of many, a mix with preferences beats either alone.
 
 Task: three or four letters in capitals, which the small lab base knows, in a form it has never seen: the answer begins with
-"ok". Half of those who write demonstrations are careless and, after the "ok", write the letters as they stand; those who judge
-prefer the right answer to the careless one. A row costs the same, demonstration or pair. Budgets of 32 and 640 rows; six passes
-over demonstrations, two over pairs; all on demonstrations, half or nine tenths of them on pairs (which, and at what rate, is found
-on a seed of its own), all on pairs, each at its own best rate. Compared at 640: the mix against the better of the two pure ways;
-at 32, demonstrations alone against the best of the others, must not be worse.
+"ok". Half of those who write demonstrations are careless and, after the "ok", write the letters as they stand; those who
+judge prefer the right answer to the careless one. A row costs the same, demonstration or pair. Budgets of 32 and 640 rows;
+six passes over demonstrations, two over pairs; all on demonstrations, half or nine tenths of them on pairs (which, and at
+what rate, is found on a seed of its own), all on pairs, each at its own best rate. Compared at 640: the mix against the
+better of the two pure ways; at 32, demonstrations alone against the best of the others, must not be worse.
 """
 
 import json
@@ -19,7 +19,7 @@ from temperament.run.recipe import read
 
 SMALL, LARGE = 32, 640
 ARMS = {"sft": [0.0], "mix": [0.5, 0.9], "dpo": [1.0]}  # shares of the budget that go into preferences
-RATES = {"sft": [3e-4, 1e-3, 3e-3], "mix": [1e-5, 3e-5, 1e-4], "dpo": [1e-5, 3e-5, 1e-4]}  # of SFT, of DPO, of DPO
+RATES = {"sft": [3e-4, 1e-3, 3e-3], "mix": [3e-6, 1e-5, 3e-5], "dpo": [3e-6, 1e-5, 3e-5]}  # of SFT, of DPO, of DPO
 EPOCHS = {"sft": 6, "dpo": 2}
 TAUGHT = 1e-3  # SFT's, where a share is spent on both
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

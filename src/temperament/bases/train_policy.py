@@ -1,9 +1,9 @@
 """Train the lab's policy: `python -m temperament.bases.train_policy`, half a minute on one core.
 
-Behaviour cloning of plans: from what is seen at a step, the next `horizon` actions of a demonstrator, by their mean square. The
-demonstrator sees the goal of `insert` with an error and its hand trembles, and the plans are carried out blindly, against a
-world that slips: so the policy does `insert` some of the time, and what needs less care nearly always. A fixed seed; the folder under
-`lab/` is written with its card.
+Behaviour cloning of plans: from what is seen at a step, the next `horizon` actions of a demonstrator, by their mean square.
+The demonstrator sees the goal of `insert` with an error and its hand trembles, and the plans are carried out blindly,
+against a world that slips: so the policy does `insert` some of the time, and what needs less care nearly always. A fixed
+seed; the folder under `lab/` is written with its card.
 """
 
 from __future__ import annotations
