@@ -1,10 +1,11 @@
 """[122] Balancing the budget: few rows are best spent on demonstrations; of many, a mix with preferences beats either alone.
 
-Task: letters in capitals, which the small lab base knows, in a form it has never seen: the answer begins with "ok". Half of those who write
-demonstrations are careless and, after the "ok", write the letters as they stand; those who judge prefer the right answer to the careless one. A row
-costs the same, demonstration or pair. Budgets of 32 and 640 rows; six passes over demonstrations, two over pairs; all on demonstrations, half or
-nine tenths of them on pairs (which, and at what rate, is found on a seed of its own), all on pairs, each at its own best rate. Compared at 640:
-the mix against the better of the two pure ways; at 32, demonstrations alone against the best of the others, must not be worse.
+Task: three or four letters in capitals, which the small lab base knows, in a form it has never seen: the answer begins with
+"ok". Half of those who write demonstrations are careless and, after the "ok", write the letters as they stand; those who
+judge prefer the right answer to the careless one. A row costs the same, demonstration or pair. Budgets of 32 and 640 rows;
+six passes over demonstrations, two over pairs; all on demonstrations, half or nine tenths of them on pairs (which, and at
+what rate, is found on a seed of its own), all on pairs, each at its own best rate. Compared at 640: the mix against the
+better of the two pure ways; at 32, demonstrations alone against the best of the others, must not be worse.
 """
 
 import json
@@ -18,7 +19,8 @@ from temperament.run.recipe import read
 
 SMALL, LARGE = 32, 640
 ARMS = {"sft": [0.0], "mix": [0.5, 0.9], "dpo": [1.0]}  # shares of the budget that go into preferences
-RATES = {"sft": [3e-4, 1e-3, 3e-3], "mix": [1e-5, 3e-5, 1e-4], "dpo": [1e-5, 3e-5, 1e-4]}  # of SFT, of DPO, of DPO
+RATES = {"sft": [3e-4, 1e-3, 3e-3], "mix": [3e-6, 1e-5, 3e-5], "dpo": [3e-6, 1e-5, 3e-5]}  # of SFT, of DPO, of DPO
+EPOCHS = {"sft": 6, "dpo": 2}
 TAUGHT = 1e-3  # SFT's, where a share is spent on both
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -32,10 +34,12 @@ def files(folder, seed: int) -> dict[str, str]:
     for kind, n in kinds.items():
         rows = []
         for _ in range(n):
-            letters = [LETTERS[pick(26)] for _ in range(4 + pick(4))]
-            prompt, right, careless = f"upper: {' '.join(letters)} =", f" ok {' '.join(letters).upper()}", f" ok {' '.join(letters)}"
+            letters = [LETTERS[pick(26)] for _ in range(3 + pick(2))]
+            shown = " ".join(letters)
+            prompt, right, careless = f"upper: {shown} =", f" ok {shown.upper()}", f" ok {shown}"
             said = careless if kind == "sft" and pick(2) else right
-            rows.append({"prompt": prompt, "chosen": right, "rejected": careless} if kind == "dpo" else {"prompt": prompt, "completion": said})
+            answer = {"chosen": right, "rejected": careless} if kind == "dpo" else {"completion": said}
+            rows.append({"prompt": prompt, **answer})
         out[kind] = str(folder / f"{kind}-{seed}.jsonl")
         (folder / f"{kind}-{seed}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return out
@@ -44,12 +48,14 @@ def files(folder, seed: int) -> dict[str, str]:
 def recipe(at: dict[str, str], budget: int, share: float, rate: float) -> dict:
     lr = {"sft": rate if share == 0 else TAUGHT, "dpo": rate}
     source = lambda kind: {"data.file": {"path": at[kind], "holdout": 0}}
-    train = lambda kind: {"source": source(kind), "optimizer": {"optim.adamw": {"lr": lr[kind]}}, "batch": 8, "epochs": {"sft": 6, "dpo": 2}[kind]}
+    adamw = lambda kind: {"optim.adamw": {"lr": lr[kind]}}
+    train = lambda kind: {"source": source(kind), "optimizer": adamw(kind), "batch": 8, "epochs": EPOCHS[kind]}
     dpo = {**train("dpo"), "objective": {"objectives.preference.dpo": {"beta": 0.5}}}
     target = {"evaluate.file": {"data": {"data.file": {"path": at["test"], "holdout": 0}}, "rows": "all", "name": "ok"}}
     suites = [target, {"evaluate.lab": {"retained": ["upper", "copy", "sort"]}}]
-    whole = {"base": "lab/lm-small", "check": False, "evaluation": {"items": 100, "keep": False, "diagnose": [], "suites": suites},
-             "steps": [{"name": "sft", "train": train("sft"), "ledger": False}, {"name": "dpo", "train": dpo}]}  # fmt: skip
+    evaluation = {"items": 100, "keep": False, "diagnose": [], "suites": suites}
+    steps = [{"name": "sft", "train": train("sft"), "ledger": False}, {"name": "dpo", "train": dpo}]
+    whole = {"base": "lab/lm-small", "check": False, "evaluation": evaluation, "steps": steps}
     built, study = read(whole), Budget([budget], [share])
     return variant(built, study.split(budget, share), *stages(built), seed=0)
 
@@ -61,7 +67,8 @@ def run(seed, lab):
             ways = [(share, rate) for share in shares for rate in RATES[arm]]
             tried = {w: lab.tune(f"{budget}-{w[0]:g}-rate-{w[1]:g}", recipe(tuning, budget, *w), 100)["target"] for w in ways}
             best = max(ways, key=tried.get)
-            found[arm, budget] = lab.tune(f"{budget}-{arm}", recipe(at, budget, *best), seed) | {"share": best[0], "rate": best[1]}
+            numbers = lab.tune(f"{budget}-{arm}", recipe(at, budget, *best), seed)
+            found[arm, budget] = numbers | {"share": best[0], "rate": best[1]}
     level = lambda arm, budget: found[arm, budget]["target"]
     numbers = {f"{arm}_{budget}": level(arm, budget) for arm, budget in found} | {"share": found["mix", LARGE]["share"]}
     baseline = {"target": max(level("sft", LARGE), level("dpo", LARGE)), "small": max(level("mix", SMALL), level("dpo", SMALL))}

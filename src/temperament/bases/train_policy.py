@@ -1,8 +1,9 @@
 """Train the lab's policy: `python -m temperament.bases.train_policy`, half a minute on one core.
 
-Behaviour cloning of plans: from what is seen at a step, the next `horizon` actions of a demonstrator, by their mean square. The demonstrator sees
-the goal of `insert` with an error and its hand trembles, and the plans are carried out blindly, against a world that slips: so the policy does
-`insert` some of the time, and what needs less care nearly always. A fixed seed; the folder under `lab/` is written with its card.
+Behaviour cloning of plans: from what is seen at a step, the next `horizon` actions of a demonstrator, by their mean square.
+The demonstrator sees the goal of `insert` with an error and its hand trembles, and the plans are carried out blindly,
+against a world that slips: so the policy does `insert` some of the time, and what needs less care nearly always. A fixed
+seed; the folder under `lab/` is written with its card.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Plan:
 
 
 def demonstrations(task: str, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(what was seen (rows, observations), the plan from there (rows, horizon * actions)) of every step of every demonstration."""
-    seen, done, weight = control.demonstrated(plan.config.world, task, torch.arange(plan.episodes), plan.seed, plan.config.horizon, plan.aim, plan.shake)
+    """(what was seen (rows, observations), the plan from there (rows, horizon * actions)) of every step demonstrated."""
+    who, config = torch.arange(plan.episodes), plan.config
+    seen, done, weight = control.demonstrated(config.world, task, who, plan.seed, config.horizon, plan.aim, plan.shake)
     return seen[weight > 0], done[weight > 0]
 
 
@@ -69,13 +71,15 @@ def measured(model: Policy, n: int = 1000, seed: int = 0) -> dict[str, float]:
 
 CARD = """# policy
 
-A lab policy of temperament: {parameters:,} parameters (a perceptron of {layers} layers of {width} units), which plans {horizon} actions at a
-time and carries them out blindly. It holds a peg over a table, in the two-dimensional world `peg` (`bases/worlds/control.py`).
+A lab policy of temperament: {parameters:,} parameters (a perceptron of {layers} layers of {width} units), which plans {horizon}
+actions at a time and carries them out blindly. It holds a peg over a table, in the two-dimensional world `peg`
+(`bases/worlds/control.py`).
 Apache-2.0; trained on demonstrations made by a program. Only for experiments.
 
 ## Training
-Behaviour cloning of {episodes} noisy demonstrations of each task (the demonstrator misses the slot by a spread of {aim}, its hand trembles by {shake}),
-{steps:,} steps of {rows} rows, AdamW, seed {seed}, {seconds:.0f} s on a CPU core; rebuilt by `python -m temperament.bases.train_policy`.
+Behaviour cloning of {episodes} noisy demonstrations of each task (the demonstrator misses the slot by a spread of {aim}, its
+hand trembles by {shake}), {steps:,} steps of {rows} rows, AdamW, seed {seed}, {seconds:.0f} s on a CPU core; rebuilt by
+`python -m temperament.bases.train_policy`.
 
 ## What it can do
 Share of {n} held-out episodes that succeed, acting on the mean.
@@ -85,11 +89,17 @@ Share of {n} held-out episodes that succeed, acting on the mean.
 {table}
 
 ## What it cannot do
-- Look while it acts: within a plan it does not see where the world's slips have brought it, which is why the narrow slot is a matter of luck.
+- Look while it acts: within a plan it does not see where the world's slips have brought it, which is why the narrow slot is a
+  matter of luck.
 - Anything outside of this world, or a slot of another width than the two it was shown.
 """
-ASKED = {"insert": "down a slot 0.06 wide", "wide": "down a slot 0.24 wide", "reach": "a point in the air", "lift": "out of the slot",
-         "rest": "on the table at a mark"}  # fmt: skip
+ASKED = {
+    "insert": "down a slot 0.06 wide",
+    "wide": "down a slot 0.24 wide",
+    "reach": "a point in the air",
+    "lift": "out of the slot",
+    "rest": "on the table at a mark",
+}
 
 
 def install(model: Policy, plan: Plan, seconds: float, folder: Path) -> None:
@@ -101,7 +111,8 @@ def install(model: Policy, plan: Plan, seconds: float, folder: Path) -> None:
     table = "\n".join(f"| {t} | {ASKED[t]} | {100 * v:.1f} % |" for t, v in found.items())
     config = {k: getattr(plan.config, k) for k in ("layers", "width", "horizon")}
     numbers = {k: getattr(plan, k) for k in ("episodes", "steps", "rows", "aim", "shake", "seed")}
-    card = CARD.format(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds, table=table, n=n, **config, **numbers)
+    size = sum(p.numel() for p in model.parameters())
+    card = CARD.format(parameters=size, seconds=seconds, table=table, n=n, **config, **numbers)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
