@@ -9,8 +9,10 @@ kinds; no kind writes its own. A field that is not row-aligned has no place in a
     Pairs       a preferred and a rejected response to one prompt
     Labelled    one response with a desirable / undesirable label
     Rollout     sampled responses or episodes with advantages and the log-probs they were sampled with
+    Images      pictures, with what is known of each: its class, its caption
+    Chain       steps of denoising, each a decision: what was there, what was made of it
 
-What runs along time (`Tokens`, `Steps`) says itself how likely a model finds it (`logp`) and what a critic may read of it
+What runs along time (`Tokens`, `Steps`, `Chain`) says itself how likely a model finds it (`logp`) and what a critic may read of it
 (`states`), so that an objective of sampled behaviour is one formula for words and for motions."""
 
 from __future__ import annotations
@@ -214,3 +216,34 @@ class Rollout(Batch):
     def total(self) -> Tensor:
         """(rows,): the reward of the whole row."""
         return self.rewards if self.rewards.dim() == 1 else self.rewards.sum(1)
+
+
+@dataclass
+class Images(Batch):
+    """pixels (rows, channels, H, W) in 0..1, of the size the base takes; a model is given them through `engine/pictures.py`.
+    examples (rows,): ids, which address random draws. labels (rows,): the class, -1 where there is none. captions: what a
+    text-conditioned model reads with it. prior (rows,) bool: made by the base itself, to be kept rather than learnt."""
+
+    pixels: Tensor
+    examples: Tensor
+    labels: Tensor | None = None
+    captions: list[str] | None = None
+    prior: Tensor | None = None
+
+
+@dataclass
+class Chain(Timed):
+    """Steps of denoising as decisions (engine/denoise.py). before, decisions (rows, T, C, H, W): what was there, and what the
+    step made of it; weights (rows, T): 1 where the step was drawn, 0 where it was certain. times (rows, T, 2): from where to
+    where it went. captions: what each row was asked to be."""
+
+    before: Tensor
+    decisions: Tensor
+    weights: Tensor
+    times: Tensor
+    captions: list[str]
+
+    def logp(self, model: Any) -> Tensor:
+        from temperament.engine.denoise import logp
+
+        return logp(model, self)
