@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from temperament import parts
 from temperament.bases.kept import Kept, kept
+from temperament.bases.pipeline import fetched, is_pipeline, read_pipeline
 from temperament.delta import Addition, Delta, identity
 from temperament.delta.peft_format import is_peft, read_peft
 from temperament.delta.stream import finite
@@ -228,7 +229,8 @@ def locate(spec: str, field: str = "base") -> Path | None:
     if spec.startswith("lab/"):
         name, _, version = spec[4:].partition("@")
         folder = LAB / name
-        known = sorted(p.name for p in LAB.iterdir() if (p / "config.json").exists()) if LAB.exists() else []
+        named = ("config.json", "model_index.json")
+        known = sorted(p.name for p in LAB.iterdir() if any((p / n).exists() for n in named)) if LAB.exists() else []
         if name not in known:
             raise UserError(field, spec, f"no such lab base; {nearest(spec, ['lab/' + k for k in known])}")
         versions = sorted(p.name for p in (folder / "versions").iterdir()) if (folder / "versions").exists() else []
@@ -255,6 +257,10 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
     from transformers import AutoConfig, AutoTokenizer
 
     source = str(folder) if folder is not None else spec
+    whole = folder if is_pipeline(folder) else fetched(spec, field) if folder is None else None
+    if whole is not None:
+        components, processors, sha256 = read_pipeline(whole, spec, DTYPES[dtype], field)
+        return Base(spec, components, processors, whole, sha256)
     if folder is not None:
         if not (folder / "config.json").exists():
             raise UserError(field, spec, "no config.json in it; name a folder in transformers layout, a run or an adapter")

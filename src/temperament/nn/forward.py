@@ -105,11 +105,11 @@ def _masked_names() -> frozenset[str]:
 
 def takes(model: Model, argument: str) -> bool:
     """Whether the model's forward names this argument."""
-    return argument in _parameters(type(module_of(model)).forward)
+    return argument in arguments(type(module_of(model)).forward)
 
 
 @lru_cache(maxsize=256)
-def _parameters(forward: Callable) -> frozenset[str]:
+def arguments(forward: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 

@@ -202,6 +202,39 @@ def shift_colours(image: ndarray) -> ndarray:
     return (image[[2, 0, 1]] * 0.8).astype(np.float32)
 
 
+@cache
+def _all() -> tuple[list[Scene], ndarray, ndarray]:
+    """Every scene of one plain subject, its picture (scenes, 3 * 16 * 16) and half its square."""
+    found = [
+        Scene((Subject(shape, colour, texture, place, (down, right)),), background)
+        for shape in SHAPES
+        for colour in COLOURS
+        for texture in TEXTURES
+        for place in PLACES
+        for background in BACKGROUNDS
+        for down in (0, 1)
+        for right in (0, 1)
+    ]
+    pictures = np.stack([render(s).ravel() for s in found])
+    return found, pictures, 0.5 * np.square(pictures).sum(1)
+
+
+def recognise(images: ndarray) -> list[tuple[Scene, float]]:
+    """What pictures (rows, 3, 16, 16) show, by the world's own eye: of all scenes of one subject the nearest, and the root
+    mean square between the two."""
+    found, pictures, half = _all()
+    flat = np.asarray(images, dtype=np.float32).reshape(len(images), -1)
+    nearest = (half[None] - flat @ pictures.T).argmin(1)
+    return [(found[i], float(np.sqrt(np.square(row - pictures[i]).mean()))) for i, row in zip(nearest, flat, strict=True)]
+
+
+def factors(scene: Scene) -> dict[str, str]:
+    """What can be said of the first subject, and of the background."""
+    first = scene.subjects[0]
+    return {"shape": first.shape, "colour": first.colour, "texture": first.texture, "place": first.place,
+            "background": scene.background}  # fmt: skip
+
+
 def vocabulary() -> list[str]:
     """Every word of captions and edits, in a fixed order."""
     words = ["a", "and", "at", "the", "on", "put", "it", "move", "to", "make", "left", "right", "top", "bottom", "sprite"]

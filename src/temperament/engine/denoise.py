@@ -1,0 +1,338 @@
+"""Denoising: noise processes, the network's call, and the one loop that samples.
+
+    x_t = a(t) x + s(t) n                       every process is these two scales, and what its network says of x_t
+    x' = a' x^ + sqrt(s'^2 - c^2) n^ + c z      every sampler is this one step, from t to t', x^ and n^ the network's estimates
+
+    c = 0                                       DDIM; for a flow, Euler's method: the same numbers
+    c = eta s' sqrt(1 - (a s' / (a' s))^2)      the posterior's spread: eta 1 is ancestral sampling
+    c = s'                                      noised anew: multistep consistency sampling
+
+    denoiser = Denoiser.of(base)                or of a view, or of a network whose base was used before
+    made = denoise(denoiser, ["a red cross on navy"], Sampler(steps=20, guidance=3.0), seed=0)
+    made.pixels                                 (rows, 3, H, W) in 0..1
+
+Parts of the room `sample` hook into the loop by events (`Hook`). Every draw is addressed by (seed, step, row's id), so a row
+is painted alike in any company. Sources: Song et al. 2021 (DDIM), Lipman et al. 2023 (flow matching), Song et al. 2023
+(consistency models), Ho & Salimans 2022 (guidance)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from temperament.engine.noise import Process, process_of
+from temperament.errors import UserError
+from temperament.nn import draws
+from temperament.nn.batch import Chain
+from temperament.nn.forward import active, arguments
+
+Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------------
+
+
+class Denoiser:
+    """A denoising network with what it reads and how its pictures are noised. `version`: the view it is called as."""
+
+    _bases: WeakKeyDictionary = WeakKeyDictionary()  # network -> its base
+
+    def __init__(self, base: Any, version: Any = None):
+        if "denoiser" not in base.components:
+            raise UserError("base", base.id, "it makes no pictures; use a diffusion base, e.g. lab/unet or lab/flow")
+        self.base, self.version = base, version
+        self.network, known = base.components["denoiser"], base.processors
+        self.process: Process = known.get("process") or known.setdefault("process", process_of(known["scheduler"]))
+        Denoiser._bases[self.network] = ref(base)
+
+    @classmethod
+    def of(cls, model: Any) -> Denoiser:
+        """From a base, a view of one, or the network of a base that was a denoiser before."""
+        if isinstance(model, Denoiser):
+            return model
+        if hasattr(model, "components"):
+            return cls(model)
+        holder = getattr(model, "holder", None) or getattr(model, "base", None)
+        if holder is not None:
+            return cls(getattr(holder, "base", holder), model)
+        base = cls._bases[model]()
+        assert base is not None, "the base of this network is gone"
+        return cls(base)
+
+    def active(self):
+        """The context in which the base's modules are this version."""
+        return active(self.version) if self.version is not None else nullcontext()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the network reads of captions, as its arguments: hidden states of the text encoder, and a pooled one."""
+        encoder, tokenizer = self.base.components.get("text_encoder"), self.base.processors.get("tokenizer")
+        if encoder is None or tokenizer is None:
+            return {}
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        ids = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        out = encoder(ids["input_ids"].to(self.device))
+        read = {"encoder_hidden_states": out.last_hidden_state}
+        if "pooled_projections" in _arguments(self.network):
+            pooled = out.text_embeds if getattr(out, "text_embeds", None) is not None else out.pooler_output
+            read["pooled_projections"] = pooled
+        return read
+
+    def __call__(self, x: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """The network's output at noised x (rows, C, H, W) and times t (rows,)."""
+        first = "hidden_states" if "hidden_states" in _arguments(self.network) else "sample"
+        given = self.process.given(x, t)
+        with self.active():
+            out = self.network(**{first: given}, timestep=self.process.asked(t), **conditions, return_dict=False)[0]
+        return out[:, : x.shape[1]]
+
+    def clean(self, x: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """The network's estimate of the picture under x_t."""
+        return self.process.clean(self(x, t, conditions), x, t)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels in 0..1 -> what is noised: themselves in -1..1, or the codec's (mean) latents."""
+        codec, x = self.base.components.get("codec"), 2 * pixels - 1
+        if codec is None:
+            return x
+        shift = getattr(codec.config, "shift_factor", None) or 0.0
+        with torch.no_grad():
+            return (codec.encode(x).latent_dist.mean - shift) * codec.config.scaling_factor
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The way back, not cut to 0..1: a reward may want the gradient beyond."""
+        codec = self.base.components.get("codec")
+        if codec is not None:
+            shift = getattr(codec.config, "shift_factor", None) or 0.0
+            latents = codec.decode(latents / codec.config.scaling_factor + shift, return_dict=False)[0]
+        return (latents + 1) / 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what is noised."""
+        config = self.network.config
+        side = config.sample_size
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        return config.in_channels, height, width
+
+
+def _arguments(network: Any) -> frozenset[str]:
+    return arguments(type(network).forward)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are made. steps: calls of the network (twice, where guided). eta: 0 certain, 1 ancestral; a consistency
+    model always noises anew. guidance: strength of the caption, 1 plain; the estimate is u + guidance (c - u), u without the
+    caption."""
+
+    steps: int = 20
+    eta: float = 0.0
+    guidance: float = 3.0
+
+    @classmethod
+    def usual(cls, process: Process) -> Sampler:
+        return cls(4, 0.0, 1.0) if process.renoises else cls()
+
+
+@dataclass
+class State:
+    """Where the loop stands; hooks may change what they like. time, then: of this step, (); clean: the estimate x^ of it;
+    before: what it began from, mean and spread: what x was drawn from; picked: rows of the last step these rows come from,
+    where a hook has resampled."""
+
+    denoiser: Denoiser
+    x: Tensor
+    captions: list[str]
+    ids: Tensor
+    conditions: dict[str, Tensor]
+    times: Tensor
+    seed: int
+    draw: int
+    step: int = 0
+    clean: Tensor | None = None
+    before: Tensor | None = None
+    mean: Tensor | None = None
+    spread: float = 0.0
+
+    @property
+    def time(self) -> Tensor:
+        return self.times[self.step]
+
+    @property
+    def then(self) -> Tensor:
+        return self.times[self.step + 1]
+
+    def noise(self, purpose: str) -> Tensor:
+        """Normal draws like x, addressed by (seed, purpose, draw, row's id)."""
+        return draws.normal(self.seed, f"denoise/{purpose}", self.draw, self.ids, tuple(self.x.shape[1:])).to(self.x)
+
+    def select(self, rows: Tensor) -> None:
+        """These rows of all that is row by row, in this order; their ids, which address draws, stay with the places."""
+        take = lambda v: v[rows.to(v.device)] if isinstance(v, Tensor) else v
+        self.x, self.clean, self.before, self.mean = map(take, (self.x, self.clean, self.before, self.mean))
+        self.captions = [self.captions[i] for i in rows.tolist()]
+        self.conditions = {k: take(v) for k, v in self.conditions.items()}
+
+
+class Hook:
+    """What a part of the room `sample` may do, by event. Inherit what is not needed.
+
+    begin(state)        before the first step: more rows, another start
+    around(predict)     what is called instead of the network: predict(x, t, conditions, version=None) -> output;
+                        version: a view to call it as. The hooks of a recipe wrap in their order, guidance innermost
+    estimated(state)    state.clean is known, the step not yet taken
+    stepped(state)      state.x is the new one
+    end(state)          after the last step"""
+
+    def begin(self, state: State) -> None: ...
+    def around(self, predict: Callable) -> Callable:
+        return predict
+
+    def estimated(self, state: State) -> None: ...
+    def stepped(self, state: State) -> None: ...
+    def end(self, state: State) -> None: ...
+
+
+@dataclass(frozen=True)
+class Made:
+    pixels: Tensor  # (rows, 3, H, W) in 0..1, not cut where gradients are kept
+    latents: Tensor
+    chain: Chain | None = None  # the steps as decisions, where they were recorded
+
+
+def guided(predict: Callable, nothing: dict[str, Tensor], scale: float) -> Callable:
+    """u + scale (c - u): both in one call of twice the rows."""
+    if scale == 1 or not nothing:
+        return predict
+
+    def both(x: Tensor, t: Tensor, conditions: dict[str, Tensor], version: Any = None) -> Tensor:
+        cond = {k: torch.cat([v, nothing[k].expand_as(v)]) for k, v in conditions.items()}
+        said, unsaid = predict(torch.cat([x, x]), torch.cat([t, t]), cond, version).chunk(2)
+        return unsaid + scale * (said - unsaid)
+
+    return both
+
+
+def denoise(
+    model: Any,
+    captions: Sequence[str],
+    sampler: Sampler | None = None,
+    *,
+    seed: int = 0,
+    draw: int = 0,
+    ids: Tensor | None = None,
+    start: Tensor | None = None,
+    hooks: Sequence[Hook] = (),
+    keep: int = 0,
+    checkpoint: bool = False,
+    record: bool = False,
+) -> Made:
+    """Pictures of captions. draw: which draw of the seed; ids (rows,): address of each row's noise, by default 0, 1, 2...
+    start: the first x instead of noise. keep: how many of the last steps keep their graph for a gradient; checkpoint: those
+    recompute their activations. record: also the chain of decisions."""
+    denoiser = Denoiser.of(model)
+    process, sampler = denoiser.process, sampler or Sampler.usual(denoiser.process)
+    ids = torch.arange(len(captions)) if ids is None else ids
+    times = process.grid(sampler.steps).to(denoiser.device)
+    with denoiser.active():
+        with torch.set_grad_enabled(keep > 0):
+            conditions = denoiser.encode(captions)
+            nothing = denoiser.encode([""]) if sampler.guidance != 1 else {}
+        state = State(denoiser, torch.empty(len(ids), *denoiser.shape, device=denoiser.device), list(captions), ids, conditions,
+                      times, seed, draw)  # fmt: skip
+        state.x = process.start(state.noise("start")) if start is None else start.to(denoiser.device)
+        for hook in hooks:
+            hook.begin(state)
+
+        def call(x: Tensor, t: Tensor, conditions: dict[str, Tensor], version: Any = None) -> Tensor:
+            one = denoiser if version is None else Denoiser(denoiser.base, version)
+            if checkpoint and torch.is_grad_enabled():
+                return torch.utils.checkpoint.checkpoint(one, x, t, conditions, use_reentrant=False)
+            return one(x, t, conditions)
+
+        predict = guided(call, nothing, sampler.guidance)
+        for hook in hooks:
+            predict = hook.around(predict)
+        rows: list[tuple[Tensor, Tensor, float]] = []
+        for state.step in range(sampler.steps):
+            with torch.set_grad_enabled(state.step >= sampler.steps - keep):
+                _step(state, predict, sampler, hooks)
+            if record:
+                rows.append((state.before.detach(), state.x.detach(), float(state.spread > 0)))
+    for hook in hooks:
+        hook.end(state)
+    pixels = denoiser.pixels(state.x)
+    chain = _recorded(rows, state) if record else None
+    return Made(pixels if keep else pixels.clamp(0, 1), state.x, chain)
+
+
+def _step(state: State, predict: Callable, sampler: Sampler, hooks: Sequence[Hook]) -> None:
+    process, x = state.denoiser.process, state.x if torch.is_grad_enabled() else state.x.detach()
+    state.before = x
+    now = state.time.expand(len(x))
+    state.clean = process.clean(predict(x, now, state.conditions), x, now)
+    for hook in hooks:
+        hook.estimated(state)
+    state.mean, state.spread = move(process, state.before, state.clean, state.time, state.then, sampler.eta)
+    state.x = state.mean + state.spread * state.noise(f"step/{state.step}") if state.spread > 0 else state.mean
+    for hook in hooks:
+        hook.stepped(state)
+
+
+def move(process: Process, x: Tensor, clean: Tensor, time: Tensor, then: Tensor, eta: float) -> tuple[Tensor, float]:
+    """Mean and spread of x at the time `then`, from x at `time` and the estimate under it. Times are numbers, ()."""
+    (a, s), (a2, s2) = ([float(v) for v in process.scales(t)] for t in (time, then))
+    if s2 == 0:
+        return a2 * clean, 0.0
+    kept = 0.0 if a == 0 else a * s2 / (a2 * s)
+    c = s2 if process.renoises else eta * s2 * math.sqrt(max(1 - kept * kept, 0.0))
+    certain = math.sqrt(max(s2 * s2 - c * c, 0.0))
+    return a2 * clean + (certain * (x - a * clean) / s if certain else 0.0), c
+
+
+# ---- chains as decisions ---------------------------------------------------------------------------------------------------
+
+
+def _recorded(rows: list[tuple[Tensor, Tensor, float]], state: State) -> Chain:
+    before, after = (torch.stack([r[i] for r in rows], 1).cpu() for i in (0, 1))
+    weights = torch.tensor([r[2] for r in rows]).expand(len(before), -1).clone()
+    times = torch.stack([state.times[:-1], state.times[1:]], -1).cpu().expand(len(before), -1, -1).clone()
+    return Chain(before, after, weights, times, list(state.captions))
+
+
+def logp(model: Any, chain: Chain, sampler: Sampler | None = None) -> Tensor:
+    """(rows, T): Gaussian log-density of each recorded step under the model, the mean over its entries (as DDPO and RLCM
+    take it: a ratio of pictures of any size is then of one scale); 0 where the step was certain."""
+    denoiser = Denoiser.of(model)
+    sampler = sampler or Sampler.usual(denoiser.process)
+    with denoiser.active():
+        conditions = denoiser.encode(chain.captions)
+        nothing = denoiser.encode([""]) if sampler.guidance != 1 else {}
+        predict = guided(lambda x, t, c, version=None: denoiser(x, t, c), nothing, sampler.guidance)
+        found = []
+        for i in range(chain.before.shape[1]):
+            x, time, then = chain.before[:, i], chain.times[0, i, 0], chain.times[0, i, 1]
+            now = time.expand(len(x))
+            clean = denoiser.process.clean(predict(x, now, conditions), x, now)
+            mean, spread = move(denoiser.process, x, clean, time, then, sampler.eta)
+            if spread == 0:
+                found.append(clean.flatten(1).sum(1) * 0)
+                continue
+            z = (chain.decisions[:, i] - mean) / spread
+            found.append((-0.5 * z.square() - math.log(spread) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1))
+    return torch.stack(found, 1)
