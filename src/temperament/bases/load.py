@@ -76,6 +76,12 @@ class Base:
 
         return Places.of(self.components)
 
+    @property
+    def speaks(self) -> bool:
+        """Is it a language model: does it say tokens?"""
+        head = getattr(self.model, "get_output_embeddings", None)
+        return self.tokenizer is not None and head is not None and head() is not None
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("component/path", parameter), tied ones once."""
         for component, module in self.components.items():
@@ -189,7 +195,8 @@ def load(
     for module in base.components.values():
         module.to(device).eval()
     if spec.startswith("lab/"):
-        base.suites = ["evaluate.control" if "policy" in base.components else "evaluate.lab"]
+        suites = {"policy": "evaluate.control", "denoiser": "evaluate.renders"}
+        base.suites = [suites.get(next(iter(base.components)), "evaluate.lab")]
     if version:
         _load_version(base, folder / "versions" / version / "model.safetensors")
         base = _own(base, spec, dtype, field)

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from temperament.delta import identity
+from temperament.delta.stream import PIPELINE
 from temperament.errors import UserError
 
-COMPONENTS = {"unet": "denoiser", "transformer": "denoiser", "vae": "codec", "text_encoder": "text_encoder"}
+COMPONENTS = PIPELINE | {"text_encoder": "text_encoder"}
 LEFT = ("safety_checker", "feature_extractor", "image_encoder")
 LIBRARIES = ("diffusers", "transformers")
 

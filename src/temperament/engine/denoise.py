@@ -31,7 +31,7 @@ from torch import Tensor
 from temperament.engine.noise import Process, process_of
 from temperament.errors import UserError
 from temperament.nn import draws
-from temperament.nn.batch import Chain
+from temperament.nn.batch import Chain, Images
 from temperament.nn.forward import active, arguments
 
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -129,6 +129,30 @@ class Denoiser:
 
 def _arguments(network: Any) -> frozenset[str]:
     return arguments(type(network).forward)
+
+
+@dataclass(frozen=True)
+class Covered:
+    """Rows under noise: x (rows, C, H, W) at times t (rows,), what the network should say of them, and the noise itself."""
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    noise: Tensor
+    captions: list[str]
+
+
+def covered(denoiser: Denoiser, batch: Images, seed: int, unsaid: float = 0.0) -> Covered:
+    """Pictures covered with noise for training; noise, time and whether the caption is said are addressed by (seed, row)."""
+    x = denoiser.latents(batch.pixels.to(denoiser.device))
+    one = lambda purpose: draws.uniform(seed, f"denoise/{purpose}", 0, batch.examples).to(x.device)
+    n = draws.normal(seed, "denoise/noise", 0, batch.examples, tuple(x.shape[1:])).to(x)
+    t = denoiser.process.times(one("time"))
+    a, s = (v.to(x).view(-1, 1, 1, 1) for v in denoiser.process.scales(t))
+    captions = batch.captions or [""] * len(batch)
+    if unsaid:
+        captions = ["" if quiet else c for quiet, c in zip((one("unsaid") < unsaid).tolist(), captions, strict=True)]
+    return Covered(a * x + s * n, t, denoiser.process.target(x, n, t), n, captions)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------------

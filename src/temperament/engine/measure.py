@@ -52,6 +52,20 @@ class System:
         )
         return loop(models, prompts, sampling, seed=self.seed, hooks=hooks, batch=self.batch, **words)
 
+    def paint(self, captions: list[str], ids: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, 3, H, W) in 0..1: pictures as the system makes them. ids: address of each row's noise."""
+        from temperament.engine.denoise import denoise
+
+        hooks = [h for p in self.inference for h in p.hooks(self.base)]
+        sampler = next((p.sampler for p in self.inference if getattr(p, "sampler", None) is not None), None)
+        ids = torch.arange(len(captions)) if ids is None else ids
+        view = self.model if self.model is not None else self.base
+        made = []
+        for at in range(0, len(captions), self.batch):
+            some = slice(at, at + self.batch)
+            made.append(denoise(view, captions[some], sampler, seed=self.seed, ids=ids[some], hooks=hooks).pixels.cpu())
+        return torch.cat(made)
+
     def asked(self, prompt: str | list) -> str | list:
         """A question in the form in which the model is asked it."""
         for p in self.inference:

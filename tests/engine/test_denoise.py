@@ -1,0 +1,129 @@
+"""The denoising loop against diffusers' own schedulers, and rows against their company."""
+
+import pytest
+import torch
+
+from temperament.bases import train_diffusion as lab
+from temperament.engine.denoise import Denoiser, Hook, Sampler, covered, denoise, logp, move
+from temperament.engine.noise import Diffusion, Flow, process_of
+from temperament.nn.batch import Images
+
+diffusers = pytest.importorskip("diffusers")
+DIFFUSION = lab.SCHEDULERS["unet"]
+
+
+@pytest.fixture(scope="module", params=["unet", "flow"])
+def base(request):
+    return lab.fresh(request.param, 3)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_one_step_is_that_of_diffusers(predicts, eta):
+    theirs = diffusers.DDIMScheduler.from_config({**DIFFUSION, "prediction_type": predicts})
+    theirs.set_timesteps(8)
+    ours = process_of(theirs)
+    assert ours.grid(8)[:-1].tolist() == theirs.timesteps.tolist()
+    x, out, noise = torch.randn(3, 2, 3, 4, 4)
+    for i in (0, 3, 5):
+        now, then = ours.grid(8)[i : i + 2]
+        want = theirs.step(out, int(now), x, eta=eta, variance_noise=noise if eta else None).prev_sample
+        mean, spread = move(ours, x, ours.clean(out, x, now.expand(2)), now, then, eta)
+        torch.testing.assert_close(mean + spread * noise, want, rtol=2e-4, atol=2e-4)
+
+
+def test_a_flow_takes_steps_of_euler():
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    ours, (x, out) = process_of(theirs), torch.randn(2, 2, 3, 4, 4)
+    now, then = ours.grid(5)[1:3]
+    mean, spread = move(ours, x, ours.clean(out, x, now.expand(2)), now, then, 0.0)
+    torch.testing.assert_close(mean, x + (then - now) * out, rtol=1e-5, atol=1e-5)
+    assert spread == 0 and ours.asked(now) == 800
+
+
+def test_a_consistency_model_is_that_of_diffusers():
+    theirs = diffusers.LCMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    ours, (x, out) = process_of(theirs), torch.randn(2, 2, 3, 4, 4)
+    theirs.set_timesteps(4)
+    for t in (int(theirs.timesteps[0]), 3):
+        theirs._step_index = None
+        theirs.timesteps[0] = t
+        want = theirs.step(out, t, x).denoised
+        torch.testing.assert_close(ours.clean(out, x, torch.full((2,), float(t))), want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.clean(out, x, torch.zeros(2)), x)  # the boundary: at time 0 it is what it is given
+
+
+@pytest.mark.parametrize("process", [process_of(DIFFUSION), process_of({**DIFFUSION, "prediction_type": "v_prediction"}), Flow()])
+def test_what_it_should_say_is_what_shows_the_picture(process):
+    x, n = torch.randn(2, 5, 3, 4, 4)
+    t = process.times(torch.rand(5)).clamp(max=0.95 if isinstance(process, Flow) else 900)
+    a, s = (v.view(-1, 1, 1, 1) for v in process.scales(t))
+    torch.testing.assert_close(process.clean(process.target(x, n, t), a * x + s * n, t), x, rtol=1e-3, atol=2e-3)
+
+
+def test_times_between_whole_ones_are_found_again():
+    process = process_of(DIFFUSION)
+    assert isinstance(process, Diffusion)
+    t = torch.rand(20) * 990
+    a, s = process.scales(t)
+    torch.testing.assert_close(process.at(s / a), t, rtol=1e-3, atol=0.05)
+
+
+def test_a_row_is_painted_alike_in_any_company(base):
+    captions = ["a red cross at the top left on navy", "a blue disc at the top right on black", "a white bar at the top left on grey"]
+    how = Sampler(3, 1.0, 2.0)
+    together = denoise(base, captions, how, seed=5)
+    for i, caption in enumerate(captions):
+        alone = denoise(base, [caption], how, seed=5, ids=torch.tensor([i]))
+        torch.testing.assert_close(alone.latents[0], together.latents[i], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_under_noise_do_not_know_their_company(base):
+    pixels, ids = torch.rand(6, 3, 16, 16), torch.randint(0, 10**6, (6,))
+    whole = Images(pixels, ids, captions=["a"] * 6)
+    row, part = covered(Denoiser.of(base), whole, 1, 0.5), covered(Denoiser.of(base), whole.select([4, 1]), 1, 0.5)
+    assert torch.equal(row.x[[4, 1]], part.x) and torch.equal(row.t[[4, 1]], part.t)
+    assert [row.captions[i] for i in (4, 1)] == part.captions
+
+
+def test_the_chain_says_how_likely_it_was(base):
+    """Against the density written out: the mean over entries of a normal around the mean of the step."""
+    made = denoise(base, ["a red cross"] * 2, how := Sampler(4, 1.0, 1.0), seed=1, record=True)
+    chain = made.chain
+    assert chain.weights.tolist() == [[1, 1, 1, 0]] * 2
+    got = logp(base, chain, how)
+    denoiser = Denoiser.of(base)
+    with torch.no_grad():
+        x, (now, then) = chain.before[:, 1], chain.times[0, 1]
+        clean = denoiser.clean(x, now.expand(2), denoiser.encode(chain.captions))
+        mean, spread = move(denoiser.process, x, clean, now, then, 1.0)
+        want = torch.distributions.Normal(mean, spread).log_prob(chain.decisions[:, 1]).flatten(1).mean(1)
+    torch.testing.assert_close(got[:, 1], want, rtol=1e-4, atol=1e-4)
+    assert (got[:, 3] == 0).all()
+
+
+def test_only_the_last_steps_keep_their_graph(base):
+    """A gradient through the last step alone is that of the loop entered there; recomputing changes nothing."""
+    params = list(base.components["denoiser"].parameters())
+
+    def gradient(**how):
+        made = denoise(base, ["a red cross"], Sampler(3, 0.0, 1.0), seed=2, **how)
+        return torch.autograd.grad(made.pixels.square().sum(), params, allow_unused=True)
+
+    full, again, last = gradient(keep=3), gradient(keep=3, checkpoint=True), gradient(keep=1)
+    for a, b in zip(full, again, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6))
+    assert any(a is not None and not torch.allclose(a, c) for a, c in zip(full, last, strict=True))
+    x = denoise(base, ["a red cross"], Sampler(3, 0.0, 1.0), seed=2, hooks=[keeper := _Keeper()]) and keeper.x
+    denoiser = Denoiser.of(base)
+    now, then = denoiser.process.grid(3)[2:4]
+    clean = denoiser.clean(x, now.expand(1), denoiser.encode(["a red cross"]))
+    pixels = denoiser.pixels(move(denoiser.process, x, clean, now, then, 0.0)[0])
+    want = torch.autograd.grad(pixels.square().sum(), params, allow_unused=True)
+    for a, b in zip(last, want, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6))
+
+
+class _Keeper(Hook):
+    def estimated(self, state):
+        self.x = state.before.clone()
