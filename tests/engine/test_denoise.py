@@ -53,7 +53,9 @@ def test_a_consistency_model_is_that_of_diffusers():
     assert torch.equal(ours.clean(out, x, torch.zeros(2)), x)  # the boundary: at time 0 it is what it is given
 
 
-@pytest.mark.parametrize("process", [process_of(DIFFUSION), process_of({**DIFFUSION, "prediction_type": "v_prediction"}), Flow()])
+@pytest.mark.parametrize(
+    "process", [process_of(DIFFUSION), process_of({**DIFFUSION, "prediction_type": "v_prediction"}), Flow()]
+)
 def test_what_it_should_say_is_what_shows_the_picture(process):
     x, n = torch.randn(2, 5, 3, 4, 4)
     t = process.times(torch.rand(5)).clamp(max=0.95 if isinstance(process, Flow) else 900)
@@ -70,7 +72,11 @@ def test_times_between_whole_ones_are_found_again():
 
 
 def test_a_row_is_painted_alike_in_any_company(base):
-    captions = ["a red cross at the top left on navy", "a blue disc at the top right on black", "a white bar at the top left on grey"]
+    captions = [
+        "a red cross at the top left on navy",
+        "a blue disc at the top right on black",
+        "a white bar at the top left on grey",
+    ]
     how = Sampler(3, 1.0, 2.0)
     together = denoise(base, captions, how, seed=5)
     for i, caption in enumerate(captions):

@@ -40,7 +40,9 @@ def fetched(spec: str, field: str) -> Path | None:
     except Exception:
         return None
     try:
-        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.model"]))
+        return Path(
+            snapshot_download(spec, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.model"])
+        )
     except Exception as problem:
         raise UserError(field, spec, f"it could not be fetched ({str(problem).splitlines()[0][:160]})") from None
 
@@ -57,7 +59,9 @@ def read_pipeline(
     unknown = [n for n in named if n not in COMPONENTS and n not in ("scheduler", "tokenizer")]
     if unknown or not any(COMPONENTS.get(n) == "denoiser" for n in named):
         what = f"of its parts {', '.join(unknown)} cannot be used" if unknown else "it names no unet and no transformer"
-        raise UserError(field, spec, f"{what}; use a pipeline of one denoiser and one text encoder, e.g. Stable Diffusion 1 or 2")
+        raise UserError(
+            field, spec, f"{what}; use a pipeline of one denoiser and one text encoder, e.g. Stable Diffusion 1 or 2"
+        )
     modules, processors, sha256 = {}, {}, {}
     for name, (library, cls) in named.items():
         sub = folder / name

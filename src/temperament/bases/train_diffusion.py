@@ -26,8 +26,8 @@ from temperament.nn import draws
 
 LAB = Path(__file__).parent / "lab"
 SCHEDULERS = {
-    "unet": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4,
-             "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": False, "timestep_spacing": "trailing",
+    "unet": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
+             "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False, "timestep_spacing": "trailing",
              "set_alpha_to_one": True},
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }  # fmt: skip
@@ -71,9 +71,9 @@ def modules(kind: str, words: int) -> dict[str, nn.Module]:
                             num_attention_heads=4, max_position_embeddings=24, bos_token_id=1, eos_token_id=2,
                             pad_token_id=0)  # fmt: skip
     if kind == "unet":
-        net = UNet2DConditionModel(sample_size=16, in_channels=3, out_channels=3, block_out_channels=(32, 64),
-                                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                                   up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
+        net = UNet2DConditionModel(sample_size=16, in_channels=3, out_channels=3, block_out_channels=(32, 64, 64),
+                                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                                   up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
                                    cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8)  # fmt: skip
         return {"denoiser": net, "text_encoder": CLIPTextModel(config)}
     net = SD3Transformer2DModel(sample_size=16, patch_size=2, in_channels=3, out_channels=3, num_layers=4,
@@ -85,7 +85,9 @@ def modules(kind: str, words: int) -> dict[str, nn.Module]:
 def fresh(kind: str, seed: int) -> Base:
     torch.manual_seed(seed)
     words = tokenizer()
-    return Base(f"lab/{kind}", modules(kind, len(words)), {"tokenizer": words, "scheduler": SCHEDULERS[kind]}, sha256={"-": "-"})
+    return Base(
+        f"lab/{kind}", modules(kind, len(words)), {"tokenizer": words, "scheduler": SCHEDULERS[kind]}, sha256={"-": "-"}
+    )
 
 
 def pictures(plan: Plan) -> tuple[Tensor, list[str]]:

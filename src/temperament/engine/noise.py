@@ -81,7 +81,9 @@ class Diffusion:
 
     def clean(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
         a, s = (_wide(v, x) for v in self.scales(t))
-        estimate = out if self.predicts == "sample" else a * x - s * out if self.predicts == "v_prediction" else (x - s * out) / a
+        estimate = (
+            out if self.predicts == "sample" else a * x - s * out if self.predicts == "v_prediction" else (x - s * out) / a
+        )
         if not self.boundary:
             return estimate
         scaled = 10.0 * _wide(t, x)

@@ -46,7 +46,9 @@ class RenderSkill:
         want, got = sprites.factors(asked), sprites.factors(seen[0])
         right = all(want[k] == got[k] for k in self.wanted)
         extra = {"image": png(pixels), "away": round(seen[1], 4)}
-        return Outcome(f"{self.name}/{i}", self.name, asked.caption(), asked.caption(), seen[0].caption(), float(right), extra=extra)
+        return Outcome(
+            f"{self.name}/{i}", self.name, asked.caption(), asked.caption(), seen[0].caption(), float(right), extra=extra
+        )
 
 
 @part("evaluate.renders", modalities=("image",))
@@ -65,7 +67,9 @@ class Renders:
     def __post_init__(self):
         known = ("shape", "colour", "texture", "place", "background")
         if wrong := [w for w in self.wanted if w not in known] or [s for s in self.shapes if s not in sprites.SHAPES]:
-            raise ValueError(f"{wrong[0]!r} is unknown; wanted are of {', '.join(known)}; shapes of {', '.join(sprites.SHAPES)}")
+            raise ValueError(
+                f"{wrong[0]!r} is unknown; wanted are of {', '.join(known)}; shapes of {', '.join(sprites.SHAPES)}"
+            )
 
     def skills(self, ctx: Any) -> Sequence[RenderSkill]:
         if "denoiser" not in ctx.base.components:
