@@ -9,7 +9,7 @@ import torch
 
 from temperament.bases.load import Base
 from temperament.nn import draws
-from temperament.nn.batch import Labelled, Pairs, Rollout, Tokens
+from temperament.nn.batch import Images, Labelled, Pairs, Rollout, Tokens
 from temperament.parts import part
 from temperament.run.recipe import Train
 from temperament.train.context import Context
@@ -73,18 +73,22 @@ class Stream:
 class Rows:
     """Synthetic rows for tests."""
 
-    kind: str = "Tokens"  # Tokens, Pairs, Labelled or Rollout
+    kind: str = "Tokens"  # Tokens, Pairs, Labelled, Rollout or Images
     longest: int = 12  # tokens of the longest row
     seed: int = 0  # which rows
     packed: bool = False  # several rows in one
 
-    yields: ClassVar = ("Tokens", "Pairs", "Labelled", "Rollout")
+    yields: ClassVar = ("Tokens", "Pairs", "Labelled", "Rollout", "Images")
 
     def open(self, ctx: Context) -> Stream:
         return Stream(lambda step: self.make(ctx.batch, step))
 
     def make(self, n: int, step: int) -> Any:
         seed = 1000 * self.seed + step
+        if self.kind == "Images":
+            pixels = torch.rand(n, 3, 16, 16, generator=draws.generator(seed, "test/pixels"))
+            said = [("a red cross at the top left on navy", "a white bar on black")[i % 2] for i in range(n)]
+            return Images(pixels, torch.arange(n * step, n * step + n), torch.arange(n) % 4, said, torch.arange(n) % 3 == 0)
         rows = lambda k=0: tokens(n, seed + 500 * k, self.longest, first=n * step)
         if self.kind == "Pairs":
             return Pairs(rows(), rows(1))

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from temperament.bases.train_diffusion import fresh
 from temperament.methods.adapters.lora import LoRA
+from temperament.methods.objectives.diffusion.denoise import Denoise
 from temperament.methods.objectives.policy.grpo import GRPO
 from temperament.methods.objectives.preference.dpo import DPO
 from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
@@ -32,6 +34,7 @@ CASES = {
     "packed": dict(source=Rows(packed=True), objective=CrossEntropy(per="example"), trainable=[Full()], batch=6, micro=1),
     "dpo": dict(source=Rows("Pairs"), objective=DPO(), trainable=[LoRA(rank=2, dropout=0.2)], batch=7, micro=3),
     "grpo": dict(source=Rows("Rollout"), objective=GRPO(beta=0.1), trainable=[Full()], batch=8, micro=3),
+    "noise": dict(source=Rows("Images"), objective=Denoise(unsaid=0.2), trainable=[LoRA(rank=2)], batch=7, micro=3),
     "coupled": dict(source=Rows(), objective=InfoNCE(), trainable=[Full()], batch=6, micro=2),
 }
 
@@ -40,7 +43,7 @@ def results() -> dict[str, torch.Tensor]:
     out = {}
     for name, options in CASES.items():
         options = dict(options, optimizer=AdamW(1e-3, weight_decay=0.1), steps=4)
-        base = base_of("mixtral" if name == "sft" else "llama_tied")
+        base = fresh("flow", 0) if name == "noise" else base_of("mixtral" if name == "sft" else "llama_tied")
         ctx = context(base, batch=options["batch"], micro=options["micro"])
         (player,) = build_players(spec(**options), ctx)
         stream = options["source"].open(ctx)

@@ -1,6 +1,7 @@
 """Train the lab's generators: `python -m temperament.bases.train_diffusion unet|flow`, some tens of minutes on one core each.
 
-    unet    a fully convolutional U-Net with skips, self- and cross-attention; epsilon of a diffusion with 1000 times
+    unet    a fully convolutional U-Net with skips, self- and cross-attention; the velocity of a diffusion with 1000 times
+            (epsilon hardly says what a picture under much noise is of: it learnt shapes and colours, never places)
     flow    a transformer in the shape of Stable Diffusion 3; the velocity of a flow
 
 Pictures of the sprite world with one subject, their captions read by a text encoder of two layers that learns along; the
@@ -10,6 +11,7 @@ a line says how many of a hundred samples show what was asked, by the world's ow
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ from temperament.nn import draws
 
 LAB = Path(__file__).parent / "lab"
 SCHEDULERS = {
-    "unet": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-             "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": False, "timestep_spacing": "trailing",
+    "unet": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear",
+             "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction", "clip_sample": False, "timestep_spacing": "trailing",
              "set_alpha_to_one": True},
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }  # fmt: skip
@@ -105,7 +107,7 @@ def right(base: Base, n: int = 96, split: str = "test", sampler: Sampler | None 
     return {k: share(k) for k in want[0]} | {"all": share("shape", "colour", "place")}
 
 
-def train(base: Base, plan: Plan, tell=print) -> None:
+def train(base: Base, plan: Plan, tell=lambda line, found: None) -> None:
     """In place; at the end the modules are the running mean."""
     pixels, captions = pictures(plan)
     denoiser = Denoiser.of(base)
@@ -137,7 +139,7 @@ def train(base: Base, plan: Plan, tell=print) -> None:
             said = time.monotonic()
             live = [p.detach().clone() for p in params]
             swap(params, mean)
-            tell(f"step {step} {(said - began) / 60:.1f} min loss {float(loss):.4f} {right(base)}")
+            tell(f"step {step} {(said - began) / 60:.1f} min loss {float(loss.detach()):.4f}", right(base))
             swap(params, live)
     swap(params, mean)
 
@@ -157,8 +159,8 @@ def save(base: Base, kind: str, folder: Path, found: dict[str, float], plan: Pla
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("unet", "transformer"):
         if name in index:
-            base.components["denoiser"].half().save_pretrained(folder / name)
-    base.components["text_encoder"].half().save_pretrained(folder / "text_encoder")
+            copy.deepcopy(base.components["denoiser"]).half().save_pretrained(folder / name)
+    copy.deepcopy(base.components["text_encoder"]).half().save_pretrained(folder / "text_encoder")
     base.processors["tokenizer"].save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULERS[kind], indent=2) + "\n")
@@ -183,10 +185,16 @@ def main() -> None:
     given = parser.parse_args()
     plan = Plan(minutes=given.minutes, steps=given.steps, rate=given.rate)
     base = fresh(given.kind, plan.seed)
-    train(base, plan, lambda line: print(line, flush=True))
+    folder = given.out / given.kind
+
+    def tell(line: str, found: dict[str, float]) -> None:
+        print(line, found, flush=True)
+        save(base, given.kind, folder, found, plan)
+
+    train(base, plan, tell)
     found = right(base, 400)
     print(found, flush=True)
-    save(base, given.kind, given.out / given.kind, found, plan)
+    save(base, given.kind, folder, found, plan)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class Steps:
             change, content = getattr(self, f"do_{step.kind}")(job)
             content = {"seconds": time.perf_counter() - began} | content
             artefact = self.folder.finish(step.name, key, kind=step.kind, **content)
+        self.world.wait()  # what the main process wrote, the others read
         state = self.left(job, change)
         self.cost["tokens"] += artefact.get("tokens", 0)
         self.cost["seconds"] += artefact["seconds"]
