@@ -128,7 +128,7 @@ class Start(Protocol):
 
 class Objective(Protocol):
     """What is optimised. `batch`: the kinds of batch it takes ("Tokens", "Pairs", ...). `needs`: versions it reads
-    ("start", "base", "previous", "ema"), provided before the first step.
+    ("start", "base", "ema", "best"), provided before the first step.
 
     Optional: `prepare(whole, views) -> whole`, once; what it fills into the batch the players after it see. `updates(whole,
     views) -> wholes`: the optimizer steps taken on one prepared batch (epochs and mini-batches of a rollout); default one. A

@@ -361,6 +361,16 @@ def test_ema_is_the_mean_from_the_start(base, tmp_path):
         assert torch.allclose(w, 0.75 * (0.75 * W[n] + 0.25 * first) + 0.25 * change(two)[n], atol=1e-6)
 
 
+def test_best_may_be_read_from_the_first_update(base, tmp_path):
+    """Until the first look it is the model as the step began, so a penalty to it is the penalty to `start`."""
+    spec = lambda version: recipe(
+        train("a", keep="best", regularizers=[{"regularizers.kl": {"version": version}}], ledger=False),
+        evaluation={"base": False, "every": 5},
+    )
+    best, start = (tune(spec(v), tmp_path / v, base=base) for v in ("best", "start"))
+    assert best.delta.digest == start.delta.digest
+
+
 def test_keys_follow_what_makes_a_result(base, tmp_path):
     rows = [{"prompt": f"{i} and", "completion": f" {i}"} for i in range(12)]
     path = tmp_path / "rows.jsonl"

@@ -274,7 +274,26 @@ def _named(recipe: Recipe) -> Recipe:
         if train.keep == "best" and not (train.stop or recipe.evaluation.every):
             raise UserError("train.keep", "best", "nothing is looked at while training; set evaluation.every, or train.stop")
     _readable(steps, set())
+    _versioned(steps)
     return replace(recipe, steps=steps)
+
+
+VERSIONS = ("live", "base", "start", "ema", "best")  # what a part may name; a player's own: critic:start
+
+
+def _versioned(steps: list[Step]) -> None:
+    """Every version that a part reads is one that its step holds."""
+    from temperament.run.artefacts import walk_all
+
+    for step in walk_steps(steps):
+        for p in walk_all(step.train) if step.train else ():
+            for version in (n.rpartition(":")[2] for n in getattr(p, "needs", ())):
+                if version not in VERSIONS:
+                    known = f"a step holds the versions {', '.join(VERSIONS)}"
+                    raise UserError(f"{step.name}.{type(p).part_name}", version, f"{known}; {nearest(version, VERSIONS)}")
+                if version == "best" and step.train.keep != "best":
+                    mend = "a part reads the version `best`; let the step keep it, with keep: best"
+                    raise UserError(f"{step.name}.train.keep", step.train.keep, mend)
 
 
 def _readable(steps: list[Step], before: set[str]) -> None:

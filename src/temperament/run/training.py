@@ -143,6 +143,8 @@ def _player(
         raise UserError("train.ema", None, "a part reads the version `ema`; give its decay, e.g. ema: 0.99")
     if spec.ema is not None and "ema" not in live.versions:
         live.mark("ema")  # the mean begins where the step does, so a part may read it in the first update
+    if "best" in needs and "best" not in live.versions:
+        live.mark("best")  # until the first look: as the step began
     return player
 
 

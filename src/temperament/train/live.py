@@ -7,7 +7,6 @@ may take part in one autograd graph:
 
     base       the model before any step: pieces off, original tensors
     start      as this step began (after SFT it is the SFT model): the default reference
-    previous   as the round before ended
     ema        the running mean, when kept
     best       as it was at the best evaluation
     NAME       any mark: live.mark("teacher")

@@ -22,7 +22,7 @@ class KL:
 
     per: ClassVar = "batch"
     weight: float = 0.1  # factor of the term; may be a schedule
-    version: str = "base"  # which version to stay near: base, start, previous, ema
+    version: str = "base"  # which version to stay near: base, start, ema, best
     direction: Literal["forward", "reverse"] = "reverse"  # which way the divergence is taken
 
     @property

@@ -23,7 +23,7 @@ class L1:
     weight: float = 0.1  # factor of the mean; may be a schedule
     of: Literal["weights", "new"] = "weights"  # the base's own trained tensors, or those an adapter brings
     per_entry: bool = True  # divide by the number of entries
-    version: str = "start"  # version that is held: start (of the step), base, previous, ema
+    version: str = "start"  # version that is held: start (of the step), base, ema, best
 
     @property
     def needs(self) -> tuple[str, ...]:

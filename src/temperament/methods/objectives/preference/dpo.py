@@ -27,7 +27,7 @@ class DPO:
     batch: ClassVar = ("Pairs",)
     beta: float = 0.1  # strength of the anchor to the reference; small moves further away
     label_smoothing: float = 0.0  # probability that a preference is the wrong way round
-    reference: str = "start"  # version the policy is held to: start, base, previous, ema
+    reference: str = "start"  # version the policy is held to: start, base, ema, best
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ class IPO:
 
     batch: ClassVar = ("Pairs",)
     beta: float = 0.1  # the margin aimed at is 1 / (2 beta) nats a token
-    reference: str = "start"  # version the policy is held to: start, base, previous, ema
+    reference: str = "start"  # version the policy is held to: start, base, ema, best
 
     def __post_init__(self):
         if isinstance(self.beta, float) and self.beta <= 0:
