@@ -10,6 +10,7 @@ from temperament import parts
 from temperament.errors import UserError
 from temperament.methods.studies.compare import Compare, arms_of, times
 from temperament.protocols import Progress
+from temperament.run.claims import Lab
 from temperament.run.recipe import read
 from temperament.run.study import carry_out, summary
 from temperament.stats import t_interval
@@ -42,6 +43,8 @@ def compare(**arms) -> Compare:
 def run(target=0.9, gain=50.0, loss=1.0, reached=True, **more):
     return {
         "target": target,
+        "worth": target,
+        "unit": "points",
         "gain": gain,
         "retained": 1 - (loss or 0) / 100,
         "loss": loss,
@@ -118,6 +121,28 @@ def test_the_rate_kept_reached_the_level_and_lost_least():
         study.best_rate("a", [1.0, 2.0], {("a", 0, 1.0): run(loss=1.0), ("a", 0, 2.0): run(loss=1.0)}) == 1.0
     )  # alike: the gentler
     assert study.read(done)["arms"][0]["rate"] == 3.0 and len(study.read(done)["arms"][0]["runs"]) == 2
+
+
+def nats(before, after, reached=False, kept=1.0):
+    """run.json of a run whose target is measured in nats."""
+    skill = lambda name, role, a, b, **more: {"name": name, "role": role, "unit": "points", "before": a, "after": b,
+                                              "change": b - a, "higher_is_better": True, **more}  # fmt: skip
+    skills = [skill("text", "target", before, after, unit="nats", higher_is_better=False), skill("copy", "retained", 1.0, kept)]
+    steps = [{"kind": "train", "stopped": "there" if reached else ""}]
+    return {"ledger": {"skills": skills}, "steps": steps, "cost": {"seconds": 1.0}}
+
+
+def test_of_nats_less_is_better(tmp_path, monkeypatch):
+    low, high = sorted(random.uniform(0.5, 3.0) for _ in range(2))
+    good, bad = summary(nats(3.5, low)), summary(nats(3.5, high))
+    assert good["gain"] == pytest.approx(100 * (3.5 - low)) and good["target"] == low and good["worth"] == -low
+    study = compare(a=("select.full", [1.0, 2.0]))
+    assert study.best_rate("a", [1.0, 2.0], {("a", 0, 1.0): good, ("a", 0, 2.0): bad}) == 1.0
+    lab = Lab(tmp_path)
+    monkeypatch.setattr(Lab, "tune", lambda self, name, recipe, seed: dict(good if recipe == 1.0 else bad))
+    assert lab.best("m", lambda rate: rate, [1.0, 2.0], 0)["rate"] == 1.0
+    found = compare(a=("select.full", []), b=("select.full", [])).read({("a", 0, None): good, ("b", 0, None): bad})
+    assert [r["front"] for r in found["arms"]] == [True, False] and found["arms"][0]["unit"] == "nats"
 
 
 def test_the_front_holds_what_nothing_beats():

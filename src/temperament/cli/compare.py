@@ -56,7 +56,7 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from rich.text import Text
 
-    from temperament.cli.views import duration, percent, place, signed
+    from temperament.cli.views import duration, level, percent, place, signed
 
     say.out.print()
     if "arms" not in data["finding"]:
@@ -69,9 +69,9 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
         rows.append(
             [
                 Text(f"{mark} {arm['name']}", "bold" if arm["front"] else ""),
-                percent(arm["target"]),
+                level(arm["target"], arm["unit"]),
                 bars(arm),
-                signed(arm["gain"]),
+                signed(arm["gain"]) if arm["unit"] == "points" else f"{(arm['gain'] or 0) / 100:+.3f}".replace("-", "−"),
                 loss,
                 f"{arm['steps']:.0f}",
                 duration(arm["seconds"]),
@@ -80,8 +80,9 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
         )
     say.table(["method", "target", "lost ◀  ▶ gained", "gain", "retained", "steps", "time", ""], rows, right=(1, 3, 4, 5, 6))
     seeds = len(data["finding"]["seeds"])
+    other = next((f", the gain in {a['unit']}" for a in arms if a["unit"] not in ("points", "")), "")
     say.out.print(
-        "[dim]● nothing else gains as much and loses less. Changes in percentage points, "
+        f"[dim]● nothing else gains as much and loses less. Changes in percentage points{other}, "
         f"{f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}.[/dim]\n"
     )
     if dial := data.get("dial"):
@@ -100,10 +101,10 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
 
 def frontier(data: dict[str, Any], say: Say) -> None:
     """A study that draws a frontier: its best points, and its advice."""
-    from temperament.cli.views import percent, place
+    from temperament.cli.views import level, place
 
     found = data.get("frontier") or {}
-    rows = [[r["budget"], r["best"], r["rows"], percent(r["target"])] for r in found.get("best", ())]
+    rows = [[r["budget"], r["best"], r["rows"], level(r["target"], r.get("unit", "points"))] for r in found.get("best", ())]
     say.table(["budget", "best share", "demonstrations + preferences", "target"], rows, right=(0, 1, 2, 3))
     say.out.print(f"{found.get('said', '')}\n", highlight=False)
     place("runs", data["out"], say)
@@ -115,5 +116,5 @@ def bars(arm: dict[str, Any], width: int = 12) -> Any:
     from rich.text import Text
 
     cells = lambda points: min(round(abs(points or 0.0) / 100 * width), width)
-    lost, gained = cells(max(arm["loss"] or 0.0, 0.0)), cells(max(arm["gain"], 0.0))
+    lost, gained = cells(max(arm["loss"] or 0.0, 0.0)), cells(max(arm["gain"] or 0.0, 0.0))
     return Text.assemble(" " * (width - lost), ("▓" * lost, "red"), "│", ("█" * gained, "green"), " " * (width - gained))

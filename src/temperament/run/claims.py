@@ -81,7 +81,7 @@ class Lab:
         the least loss is used. recipe(rate) -> recipe."""
         tried = [(self.tune(f"{name}-rate-{r:g}", recipe(r), tuned_on), r) for r in rates]
         reached = [t for t in tried if t[0]["reached"]]
-        best = max(reached, key=lambda t: t[0]["retained"])[1] if reached else max(tried, key=lambda t: t[0]["target"])[1]
+        best = max(reached, key=lambda t: t[0]["retained"])[1] if reached else max(tried, key=lambda t: t[0]["worth"])[1]
         return self.tune(name, recipe(best), seed) | {"rate": best}
 
 

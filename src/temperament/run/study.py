@@ -94,8 +94,11 @@ def dial_of(recipe: Recipe, base: Any, folder: Path, tell: Callable[..., None]) 
 
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:
-    """A run in the numbers a study compares: points are percentage points, losses positive when something was lost."""
+    """A run in the numbers a study compares: points are percentage points (of nats: hundredths), losses positive when
+    something was lost, and `worth` the target with up meaning better: of nats less is."""
     skills = run["ledger"]["skills"]
+    sign = lambda row: 1.0 if row.get("higher_is_better", True) else -1.0
+    better = lambda rows, key: sum(sign(r) * r[key] for r in rows) / len(rows) if rows else None
     mean = lambda rows, key: sum(r[key] for r in rows) / len(rows) if rows else None
     targets = [s for s in skills if s["role"] == "target" and s["change"] is not None]
     retained = [s for s in skills if s["role"] == "retained" and s["change"] is not None and s["unit"] == "points"]
@@ -106,10 +109,12 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
     points = lambda v: None if v is None else 100 * v
     return {
         "target": mean(targets, "after"),
-        "gain": points(mean(targets, "change")),
+        "worth": better(targets, "after"),
+        "unit": targets[0]["unit"] if targets else "points",
+        "gain": points(better(targets, "change")),
         "retained": mean(retained, "after"),
-        "loss": -points(mean(retained, "change")) if retained else None,
-        "near_loss": -points(mean(near, "change")) if near else None,
+        "loss": -points(better(retained, "change")) if retained else None,
+        "near_loss": -points(better(near, "change")) if near else None,
         "nll": sum(s["nll"]["change"] for s in graded) / len(graded) if graded else None,
         "kl": sum(s["kl"]["after"] for s in diverged) / len(diverged) if diverged else None,
         "reached": all(s.get("stopped") for s in trained) if trained else True,

@@ -127,6 +127,8 @@ def test_only_preferences_begin_at_the_base(tmp_path, monkeypatch):
 def run(target, **more):
     return {
         "target": target,
+        "worth": target,
+        "unit": "points",
         "gain": 100 * target,
         "retained": 0.9,
         "loss": 1.0,

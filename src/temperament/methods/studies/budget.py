@@ -85,13 +85,14 @@ class Budget:
                     "preferences": split.preferences,
                     "runs": len(mine),
                 }
-                for what in ("target", "gain", "retained", "loss", "nll", "kl", "steps", "seconds"):
+                row["unit"] = mine[0]["unit"] if mine else "points"
+                for what in ("target", "worth", "gain", "retained", "loss", "nll", "kl", "steps", "seconds"):
                     values = [m[what] for m in mine if m.get(what) is not None]
                     row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
                 rows.append(row)
         measured = [r for r in rows if r["target"] is not None]
         best = [
-            max(of, key=lambda r: (r["target"], -r["share"]))
+            max(of, key=lambda r: (r["worth"], -r["share"]))
             for b in self.budgets
             if (of := [r for r in measured if r["budget"] == b])
         ]
@@ -103,7 +104,8 @@ class Budget:
         lines = [
             {"name": f"budget {b:g}", "x": [r["share"] for r in of(b)], "y": [r["target"] for r in of(b)]} for b in self.budgets
         ]
-        named = lambda r: {"budget": f"{r['budget']:g}", "best": f"{r['share']:g}", "target": r["target"], "ci95": r["target_ci95"]}
+        named = lambda r: {"budget": f"{r['budget']:g}", "best": f"{r['share']:g}", "target": r["target"], "ci95": r["target_ci95"],
+                           "unit": r["unit"]}  # fmt: skip
         table = [named(r) | {"rows": f"{r['demonstrations']} + {r['preferences']}"} for r in finding["best"]]
         return {
             "title": "One budget, two kinds of rows",
@@ -178,7 +180,8 @@ def advice(best: list[dict[str, Any]]) -> str:
         if r["share"] == 1
         else f"{100 * r['share']:g} % on preferences"
     )
-    words = [f"of {r['budget']:g}, {tell(r)} ({100 * r['target']:.0f} % on the target)" for r in best]
+    level = lambda r: f"{100 * r['target']:.0f} %" if r["unit"] == "points" else f"{r['target']:.3f} {r['unit']}"
+    words = [f"of {r['budget']:g}, {tell(r)} ({level(r)} on the target)" for r in best]
     shares = [r["share"] for r in sorted(best, key=lambda r: r["budget"])]
     grows = len(shares) > 1 and shares[-1] > shares[0] and shares == sorted(shares)
     return f"Best spent: {'; '.join(words)}." + (" The larger the budget, the more of it for preferences." if grows else "")

@@ -54,7 +54,7 @@ class Compare:
         reached = [t for t in tried if t[0]["reached"]]
         if reached:
             return max(reached, key=lambda t: (t[0]["retained"], -t[1]))[1]
-        return max(tried, key=lambda t: (t[0]["target"], t[0]["retained"]))[1] if tried else rates[0]
+        return max(tried, key=lambda t: (t[0]["worth"], t[0]["retained"]))[1] if tried else rates[0]
 
     def variant(self, recipe: Any, arm: Arm, seed: int, rate: float | None) -> Any:
         """The recipe with this arm's method in every train step."""
@@ -80,7 +80,8 @@ class Compare:
             if not mine:
                 continue
             row: dict[str, Any] = {"name": name, "rate": rate, "runs": mine, "reached": all(m["reached"] for m in mine)}
-            for what in ("target", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters"):
+            row["unit"] = mine[0]["unit"]
+            for what in ("target", "worth", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters"):
                 values = [m[what] for m in mine if m.get(what) is not None]
                 row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
             arms.append(row)
