@@ -104,6 +104,11 @@ class Stream:
     def _packs_steps(self) -> int:
         return self.pack if self.count == "examples" else 0
 
+    @property
+    def laid_out(self) -> dict[str, int]:
+        """How the rows of a step are made into a batch (what they are padded with is masked, and any token will do)."""
+        return {"pack": self._packs_steps, "split_long": bool(self._packs_steps and self.split)}
+
     def _order(self, epoch: int) -> list[Row]:
         """The rows of one epoch, in order."""
         address = f"data/{self.name}"
@@ -146,6 +151,12 @@ class Mixture:
         names = [s.name for s, _ in parts]
         if len(set(names)) < len(names):
             raise UserError("data.mix", ", ".join(names), "two sources have one name; give each a name of its own")
+        for what in ("pack", "split_long"):  # a step is packed whole, whatever source its rows are from
+            of = [s.laid_out[what] for s, _ in parts]
+            if len(set(of)) > 1:
+                said = " and ".join(f"{n}: {v}" for n, v in zip(names, of, strict=True))
+                mend = f"its sources differ in {what}, and the rows of a step are laid out together; give all the same"
+                raise UserError("data.mix.sources", said, mend + " (pack with count: examples counts)" * (what == "pack"))
         exact = [Fraction(w).limit_denominator(10**6) for _, w in parts]
         if not all(exact):
             raise UserError("data.mix.weights", [w for _, w in parts], "a weight below a millionth is none; raise it")

@@ -122,6 +122,18 @@ def test_a_mixture(base, tmp_path):
         parts.build({"data.mix": {"sources": [{"data.file": {"path": a}}], "weights": [1.0, 2.0]}}, Source)
 
 
+@pytest.mark.parametrize("other", [{}, {"pack": 96}, {"pack": 128, "count": "rows"}, {"pack": 128, "split_long": True}])
+def test_sources_laid_out_otherwise_do_not_mix(base, tmp_path, other):
+    a, b = write(tmp_path / "new.jsonl", sums(9)), write(tmp_path / "old.jsonl", sums(9, 100))
+    mixed = lambda one, two: parts.build(
+        {"data.mix": {"sources": [{"data.file": {"path": a, **one}}, {"data.file": {"path": b, **two}}]}}, Source
+    ).open(context(base))
+    for pair in (({"pack": 128}, other), (other, {"pack": 128})):
+        with pytest.raises(UserError, match=r"data.mix.sources is .*new: .* and old: .*its sources differ in (pack|split_long)"):
+            mixed(*pair)
+    assert mixed(other, other).batch(0) is not None
+
+
 def test_images_of_a_folder(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for name in ("a", "b", "c"):

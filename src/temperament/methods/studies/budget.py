@@ -104,8 +104,8 @@ class Budget:
         lines = [
             {"name": f"budget {b:g}", "x": [r["share"] for r in of(b)], "y": [r["target"] for r in of(b)]} for b in self.budgets
         ]
-        named = lambda r: {"budget": f"{r['budget']:g}", "best": f"{r['share']:g}", "target": r["target"], "ci95": r["target_ci95"],
-                           "unit": r["unit"]}  # fmt: skip
+        as_is = lambda r: {"target": r["target"], "ci95": r["target_ci95"], "unit": r["unit"]}
+        named = lambda r: {"budget": f"{r['budget']:g}", "best": f"{r['share']:g}"} | as_is(r)
         table = [named(r) | {"rows": f"{r['demonstrations']} + {r['preferences']}"} for r in finding["best"]]
         return {
             "title": "One budget, two kinds of rows",

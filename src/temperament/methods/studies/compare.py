@@ -10,6 +10,9 @@ from temperament.protocols import Trainable
 from temperament.stats import t_interval
 
 
+NUMBERS = ("target", "worth", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters")
+
+
 @dataclass(frozen=True)
 class Arm:
     """One method of a comparison: what it trains, and its own rates."""
@@ -81,7 +84,7 @@ class Compare:
                 continue
             row: dict[str, Any] = {"name": name, "rate": rate, "runs": mine, "reached": all(m["reached"] for m in mine)}
             row["unit"] = mine[0]["unit"]
-            for what in ("target", "worth", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters"):
+            for what in NUMBERS:
                 values = [m[what] for m in mine if m.get(what) is not None]
                 row[what], row[f"{what}_ci95"] = t_interval(values) if values else (None, None)
             arms.append(row)
