@@ -49,7 +49,8 @@ claim = Claim(
     parts=("adapters.residual_policy", "rollout.episodes", "objectives.policy.ppo", "objectives.policy.value"),
     measure="target",
     better="higher",
-    baseline="the better of PPO on the policy itself (equal episodes) and cloning 400 more demonstrations, both at their best rate",
+    baseline="the better of PPO on the policy itself (equal episodes) and cloning 400 more demonstrations, each at its "
+    "best rate",
     seeds=(0, 1, 2),
     run=run,
 )

@@ -388,10 +388,13 @@ def test_keys_follow_what_makes_a_result(base, tmp_path):
         key(spec(train={"clip": 0.5})),
         key(spec(precision={"compute": "bf16"})),
         key(spec(train={"stop": {"every": 9}})),
+        key(spec(aides={"judge": "aides.match"})),
+        key(spec(aides={"judge": {"aides.match": {"by": "number"}}})),
+        key(spec(inference=["decode.repetition_penalty"])),
     ]
     write_rows(path, [{**r, "completion": "!" + r["completion"]} for r in rows])
     others.append(key(spec()))
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 9
 
 
 def test_base_scores_are_measured_once(base, tmp_path):

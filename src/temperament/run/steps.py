@@ -253,12 +253,14 @@ class Steps:
                     step.name, name, f"a part reads this step, and none before it is called so; {nearest(name, known)}"
                 )
         keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
+        around = [self.recipe.inference, self.recipe.aides]  # its parts are told of both
         if step.build:
-            return [keys, parts.plain([self.recipe.inference, self.recipe.aides])]
+            return [keys, parts.plain(around)]
         if step.train:
             best = spec.keep == "best"
             looked = self.skills.key("look") if spec.stop or best else ""
-            return [keys, self.recipe.precision.compute, looked, self.recipe.evaluation.every if best else 0]
+            every = self.recipe.evaluation.every if best else 0
+            return [keys, self.recipe.precision.compute, looked, every, *([made_of(around)] if any(around) else [])]
         return keys
 
     def artefacts(self, state: State, step: str) -> dict[str, Path]:
