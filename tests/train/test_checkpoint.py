@@ -47,6 +47,26 @@ def test_only_the_newest_are_kept(tmp_path, keep):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000005", "step-000009", "step-000012"][-keep:]
 
 
+def test_the_newest_is_by_number(tmp_path):
+    saved(tmp_path, 999_998, 999_999, 1_000_000, keep=2)
+    assert [p.name for p in checkpoint.newest_last(tmp_path)] == ["step-999999", "step-1000000"]
+    assert checkpoint.load_newest(tmp_path)[0]["step"] == 1_000_000
+
+
+def test_the_log_forgets_steps_that_are_gone(tmp_path):
+    folder = Folder(tmp_path / "run")
+    folder.open(resume=False, fresh=False)
+    for name in ("old", "sft", "r/1/x"):
+        with folder.logging(name) as (append, _):
+            append({"step": 1})
+    stages = lambda: [json.loads(line)["stage"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    folder.log_only({"sft", "r/1/x"})
+    assert stages() == ["sft", "r/1/x"]
+    folder.save_run({"status": "done"})
+    folder.open(resume=False, fresh=True)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
 def test_none_and_none_whole(tmp_path):
     assert checkpoint.load_newest(tmp_path / "nothing") is None
     saved(tmp_path, 1)

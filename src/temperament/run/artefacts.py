@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -107,6 +107,7 @@ class Folder:
                 if fresh and run:
                     for name in ("steps", "checkpoints", "delta"):
                         shutil.rmtree(self.path / name, ignore_errors=True)
+                    (self.path / "log.jsonl").unlink(missing_ok=True)
                 self.path.mkdir(parents=True, exist_ok=True)
                 (self.path / ".temperament").touch()
             except OSError as problem:
@@ -170,6 +171,13 @@ class Folder:
 
     def log_cut(self, name: str, after: int) -> None:
         """Forget lines of a step beyond its checkpoint: they are about to be written again."""
+        self._log_keep(lambda row: row.get("stage") != name or row.get("step", 0) <= after)
+
+    def log_only(self, names: Container[str]) -> None:
+        """Forget lines of steps that the recipe no longer has."""
+        self._log_keep(lambda row: row.get("stage") in names)
+
+    def _log_keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         path = self.path / "log.jsonl"
         if not self.write or not path.exists():
             return
@@ -179,7 +187,7 @@ class Folder:
                 row = json.loads(line)
             except ValueError:
                 continue  # half a line: the process was killed while writing it
-            if row.get("stage") != name or row.get("step", 0) <= after:
+            if wanted(row):
                 kept.append(line)
         write_atomic(path, "".join(line + "\n" for line in kept))
 

@@ -44,7 +44,7 @@ def check_resume(recipe: Recipe, kills: int = 1, seed: int | None = None) -> dic
         for _ in range(kills):
             after, moment = rng.randrange(max(steps, 1)), rng.random() * length / max(steps, 1)
             ended, _, _ = _go(path, Path(place) / "killed", resume=bool(killed), kill=(after, moment))
-            kept = sorted(p.name for p in Path(place, "killed").glob("checkpoints/*/step-*"))
+            kept = sorted((p.name for p in Path(place, "killed").glob("checkpoints/*/step-*")), key=lambda n: (len(n), n))
             killed.append({"after_steps": after, "kept": kept[-1] if kept else None})
             if ended:
                 break

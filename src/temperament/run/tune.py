@@ -196,6 +196,7 @@ class _Tuning:
                 json["dial"] = dial(self.skills, state.delta, spec.dial, self.tell)
         if self.folder.write and ledger:
             write_atomic(self.folder.path / "items.json", dumps({skill: ledger.items(skill) for skill in ledger.skills}))
+        self.folder.log_only({step["name"] for step in steps.done})
         steps.cost["wall_seconds"] = time.time() - self.began
         json["status"] = "done"
         self.folder.save_run(json)

@@ -65,18 +65,24 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         reason = getattr(problem, "strerror", None) or str(problem)
         mend = "the one before it is whole: free space, then resume with --resume."
         raise WorkFailed(f"checkpoint {target} could not be written ({reason}); {mend}") from None
-    for old in sorted(p for p in folder.glob("step-*") if p != target)[: -(max(keep, 1) - 1) or None]:
+    for old in [p for p in newest_last(folder) if p != target][: -(max(keep, 1) - 1) or None]:
         shutil.rmtree(old, ignore_errors=True)
     for old in folder.glob(".step-*.part"):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
+def newest_last(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by number: names alone would put step 1,000,000 before step 999,999."""
+    number = lambda path: int(path.name.removeprefix("step-"))
+    return sorted((p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdecimal()), key=number)
+
+
 def load_newest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
     """The newest checkpoint that is whole, and why newer ones were passed over (state["damaged"]); None when there is none
     at all, a state without a step when none is whole."""
     damaged = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(newest_last(folder)):
         try:
             state = json.loads((path / "state.json").read_text())
             if state.pop("sha256") != _sum(state):
