@@ -12,7 +12,8 @@ from tiny import seed, write_rows
 from temperament.bases.load import load
 from temperament.delta import Delta
 from temperament.errors import UserError, WorkFailed
-from temperament.run.skills import Skills
+from temperament.run.recipe import read
+from temperament.run.skills import Skills, skills_of
 from temperament.run.tune import tune
 
 SUITE = [{"evaluate.lab": {"target": "shift", "retained": ["copy", "add"], "items": 3}}]
@@ -395,6 +396,20 @@ def test_keys_follow_what_makes_a_result(base, tmp_path):
     write_rows(path, [{**r, "completion": "!" + r["completion"]} for r in rows])
     others.append(key(spec()))
     assert len({first, *others}) == 9
+
+
+def test_the_keep_set_is_written_once(monkeypatch, tmp_path):
+    from temperament.methods.evaluate import keep
+
+    monkeypatch.setenv("TEMPERAMENT_CACHE", str(tmp_path))
+    asked, generate = [], keep.generate
+    monkeypatch.setattr(keep, "generate", lambda *a, **k: asked.append(1) or generate(*a, **k))
+    small = load("lab/lm-small")
+    keeping = lambda **o: {"suites": [{"evaluate.keep": {"items": 3, **o}}]}
+    of = lambda **o: skills_of(read({"base": "lab/lm-small", "evaluation": keeping(**o)}), small)
+    first, again = of(), of()
+    assert len(asked) == 1 and first.skills[0].samples == again.skills[0].samples and first.key("x") == again.key("x")
+    assert of(seed=1).skills[0].samples != first.skills[0].samples and len(asked) == 2
 
 
 def test_base_scores_are_measured_once(base, tmp_path):

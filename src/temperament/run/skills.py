@@ -7,6 +7,7 @@ skills.look(live, 100)                                  means on a few items, wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ from temperament.engine.measure import System
 from temperament.errors import UserError, nearest
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import address, read_outcomes, write_outcomes
+from temperament.run.artefacts import address, cache_dir, read_outcomes, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult
 from temperament.run.recipe import walk_steps
 from temperament.run.training import quiet_training
+from temperament.train.checkpoint import write_atomic
 
 Tell = Callable[..., None]
 
@@ -133,6 +135,16 @@ class Asking:
     base: Base
     items: int
     seed: int
+
+    def constant(self, what: list[Any], make: Callable[[], Any]) -> Any:
+        """A JSON value that follows from the base and from `what`: made once, ever, and kept in the user's cache."""
+        path = cache_dir() / "constants" / f"{address('constant', self.base.sha256, self.base.reading, what)}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["is"]
+        except (OSError, ValueError, KeyError, TypeError):
+            made = make()
+        write_atomic(path, json.dumps({"what": what, "is": made}))
+        return made
 
 
 def skills_of(recipe: schema.Recipe, base: Base) -> Skills:

@@ -53,7 +53,8 @@ class Keep:
 
     The base samples `items` texts at temperature 1 (from its start token, or as answers to a few plain requests when it has
     none). Measured on them, teacher-forced: agreement, the share of tokens where the tuned model's first choice is the base's;
-    KL(base || tuned) in nats per token; NLL. For the base itself agreement is 1 and KL is 0.
+    KL(base || tuned) in nats per token; NLL. For the base itself agreement is 1 and KL is 0. A base writes them once: they are
+    kept in the user's cache, so that a run goes on with the same texts wherever it is taken up.
     """
 
     items: int = 64  # texts the base writes
@@ -62,10 +63,11 @@ class Keep:
 
     def skills(self, ctx: Any) -> list[KeepSkill]:
         starts = self._starts(ctx.base)
-        made = generate(
-            Pure(ctx.base), [list(s) for s in starts], Sampling(max_new=self.length, temperature=1.0), seed=self.seed
-        )
-        kept = [(s, tuple(ids)) for s, ids in zip(starts, made.ids, strict=True) if ids]
+        how = Sampling(max_new=self.length, temperature=1.0)
+        made = lambda: generate(Pure(ctx.base), [list(s) for s in starts], how, seed=self.seed).ids
+        write = lambda: [list(map(int, ids)) for ids in made()]
+        texts = ctx.constant(["keep", self.items, self.length, self.seed], write) if hasattr(ctx, "constant") else write()
+        kept = [(s, tuple(ids)) for s, ids in zip(starts, texts, strict=True) if ids]
         return [KeepSkill(tuple(s for s, _ in kept), tuple(ids for _, ids in kept))]
 
     def _starts(self, base: Any) -> list[tuple[int, ...]]:
