@@ -22,8 +22,10 @@ class ComPEFT(Blockwise):
         t~ = alpha * sigma * sign(t) on the K = density * d largest |t| of all d entries together, else 0;   sigma = std of
         all of t by "mean": the size is the mean |t| of what is kept (the closest ternary vector)
 
-    Low-rank changes are compressed in their factors A and B. On disk Rice-coded: about 0.9 bits an entry at density 0.2, 0.34
-    at 0.05. `alpha` is tuned on a few items; large models take 1. Source: Yadav et al. 2023, ComPEFT (paper 221).
+    Low-rank changes are compressed in their factors A and B as they are: B began at 0, but where A began is not kept with a
+    change, so A is compressed whole and not, as in the paper, since its start. On disk Rice-coded: about 0.9 bits an entry at
+    density 0.2, 0.34 at 0.05. `alpha` is tuned on a few items; large models take 1. Source: Yadav et al.
+    2023, ComPEFT (paper 221).
     """
 
     fewest = most = 1
