@@ -24,6 +24,7 @@ from temperament.delta import (
     write_peft,
 )
 from temperament.delta.change import Change
+from temperament.delta.peft_write import task_type
 from temperament.errors import UserError
 
 peft = pytest.importorskip("peft")
@@ -231,3 +232,19 @@ def test_what_peft_cannot_hold_is_said(tmp_path):
         with pytest.raises(UserError):
             write_peft(delta, tmp_path / "a")
     assert not any(tmp_path.iterdir()) and Change.kinds
+
+
+@pytest.mark.parametrize(
+    "name, encoder_decoder, task",
+    [
+        ("LlamaForCausalLM", False, "CAUSAL_LM"),
+        ("GPT2LMHeadModel", False, "CAUSAL_LM"),
+        ("T5ForConditionalGeneration", True, "SEQ_2_SEQ_LM"),
+        ("LlavaForConditionalGeneration", False, "CAUSAL_LM"),
+        ("BertForSequenceClassification", False, "SEQ_CLS"),
+        ("BertForMaskedLM", False, None),
+        ("ViTForImageClassification", False, None),
+    ],
+)
+def test_the_task_is_that_of_the_base(name, encoder_decoder, task):
+    assert task_type([name], encoder_decoder) == task and (task is None or task in peft.TaskType.__members__)

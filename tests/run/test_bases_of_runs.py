@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import temperament as tp
 from temperament.bases.load import load
 from temperament.delta import certificate
+from temperament.errors import UserError
 from temperament.run.export import delta_of
 from temperament.run.reopen import subject
 
@@ -64,7 +66,7 @@ def test_a_base_that_is_more_than_a_folder(tmp_path, base):
     wanted = logits(made)
     assert not close(wanted, logits(base)) and close(logits(tmp_path / "a"), wanted)
     for as_ in ("adapter", "merged", "delta"):
-        told = tp.export(tmp_path / "a", tmp_path / as_, as_)
+        told = tp.export(tmp_path / "a", tmp_path / as_, as_, dtype="fp32" if as_ == "merged" else None)
         assert told["certificate"]["passed"] and told["certificate"]["identity"]
         assert close(logits(tmp_path / as_), wanted)
     merged = tp.merge([str(tmp_path / "a")], tmp_path / "m")
@@ -76,6 +78,26 @@ def test_a_base_that_is_more_than_a_folder(tmp_path, base):
     turned = tp.dial(tmp_path / "a", strengths=[0.0, 0.5], items=2, budget=100, bake=tmp_path / "d", as_="adapter")
     assert turned["certificate"]["passed"]
     assert tp.diagnose(base, str(tmp_path / "a"))["delta"]["digest"] == made.delta.digest
+
+
+@pytest.mark.usefixtures("here")
+def test_a_merged_model_is_stored_as_its_base_is(tmp_path):
+    small = load("lab/lm-small")
+    small.model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    small.tokenizer.save_pretrained(tmp_path / "base")
+    made, base = run(tmp_path / "a", tmp_path / "base", "select.half"), load(tmp_path / "base")
+    assert base.stored == "bf16" and load(tmp_path / "a", own=True).stored == "bf16"
+    wanted, exact = logits(made), {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    for asked, dtype in ((None, torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):
+        told = tp.export(tmp_path / "a", tmp_path / str(asked), dtype=asked)["certificate"]
+        assert told["passed"] and (told["rounding"]["max_difference"] == 0) == (asked == "fp32")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(asked), dtype="auto")
+        assert again.dtype == dtype and again.config.dtype == dtype
+        assert all(torch.equal(p, exact[n].to(dtype)) for n, p in again.named_parameters())
+    assert close(logits(tmp_path / "fp32"), wanted) and not close(logits(tmp_path / "None"), wanted)
+    for wrong in ({"dtype": "int8"}, {"as_": "delta", "dtype": "bf16"}):
+        with pytest.raises(UserError, match="--dtype is"):
+            tp.export(tmp_path / "a", tmp_path / "x", **wrong)
 
 
 @pytest.mark.usefixtures("here")
@@ -103,7 +125,8 @@ def test_a_run_is_a_base_for_the_next(tmp_path, trainable):
     ended = {s["name"]: s for s in first.json["ledger"]["skills"]}
     assert all(rows[n]["before"] == ended[n]["after"] for n in rows)
     for as_ in ("merged", "delta"):
-        assert tp.export(tmp_path / "b", tmp_path / as_, as_)["certificate"]["passed"] and close(logits(tmp_path / as_), wanted)
+        told = tp.export(tmp_path / "b", tmp_path / as_, as_, dtype="fp32" if as_ == "merged" else None)
+        assert told["certificate"]["passed"] and close(logits(tmp_path / as_), wanted)
     assert tp.merge([str(tmp_path / "b")], tmp_path / "m")["certificate"]["passed"] and close(logits(tmp_path / "m"), wanted)
 
 

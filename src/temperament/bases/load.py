@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from temperament.bases.kept import Kept, kept
 from temperament.bases.pipeline import fetched, is_pipeline, read_pipeline
 from temperament.delta import Addition, Delta, identity
 from temperament.delta.peft_format import is_peft, read_peft
-from temperament.delta.stream import finite
+from temperament.delta.stream import finite, open_source
 from temperament.errors import UserError, nearest
 from temperament.nn.pieces import Switch, attach
 
@@ -48,6 +49,7 @@ class Base:
     switch: Switch = field(default_factory=Switch)  # of the modules that applied deltas added
     hung: list[Callable[[], None]] = field(default_factory=list)  # what takes each of them away
     inference: list[Any] = field(default_factory=list)  # decoding parts of the run it is, where it is one
+    stored: str = "fp32"  # precision of its weights on disk, which is what a merged model is written in
 
     def __post_init__(self):
         _ = self._slots  # found while every parameter is in its place; versions swap them later
@@ -225,7 +227,7 @@ def _own(base: Base, spec: str, dtype: str, field: str) -> Base:
     if base.hung:
         mend = "it adds a module to its base, so it is no base of its own; tune on in a further step of its recipe"
         raise UserError(field, spec, mend)
-    made = Base(spec, base.components, base.processors, suites=base.suites)
+    made = Base(spec, base.components, base.processors, suites=base.suites, stored=base.stored)
     for module in made.components.values():
         module.to(DTYPES[dtype])
     return made
@@ -311,7 +313,8 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
         if folder is not None and (folder / "tokenizer.json").exists():
             why = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
             raise UserError(field, spec, f"its tokenizer.json could not be read ({why}); copy it again") from None
-    return Base(spec, {component: model}, processors, folder, _identity(source, folder, component))
+    at = _files(source, folder)
+    return Base(spec, {component: model}, processors, folder, identity(at, component), stored=_stored(at))
 
 
 def _whole(model: nn.Module, told: dict[str, Any], spec: str, field: str) -> None:
@@ -350,17 +353,26 @@ def _of_ours(spec: str, folder: Path, model: nn.Module, dtype: str, field: str) 
         model = type(model).from_pretrained(folder).to(DTYPES[dtype])
     except Exception as problem:
         raise UserError(field, spec, f"it could not be loaded ({str(problem).strip().splitlines()[0][:160]})") from None
-    return Base(spec, {"policy": model}, {}, folder, _identity(str(folder), folder, "policy"))
+    return Base(spec, {"policy": model}, {}, folder, identity(folder, "policy"), stored=_stored(folder))
 
 
-def _identity(source: str, folder: Path | None, component: str) -> dict[str, str]:
-    """Who a base is: the sha256 of its weights as they are stored, so that it is the same base in whatever precision it is
-    loaded."""
+def _files(source: str, folder: Path | None) -> Path:
+    """Where the weights lie. Who a base is, is their sha256 as they are stored, so that it is the same base in whatever
+    precision it is loaded."""
     if folder is None:
         from transformers.utils import cached_file
 
         folder = Path(cached_file(source, "config.json", local_files_only=True)).parent
-    return identity(folder, component)
+    return folder
+
+
+def _stored(folder: Path) -> str:
+    """The precision most of these weights are stored in; what is no precision of ours is read as fp32."""
+    sizes: Counter = Counter()
+    for entry in open_source(folder).entries.values():
+        sizes[entry.dtype] += entry.numel if entry.dtype.is_floating_point else 0
+    most = max(sizes, key=sizes.get, default=None)
+    return next((name for name, dtype in DTYPES.items() if dtype == most), "fp32")
 
 
 def _model_class(config: Any, transformers: Any) -> tuple[type, str]:

@@ -86,3 +86,5 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     dial_best(data, say)
     if data.get("baked"):
         certified(data["certificate"], data["baked"], say)
+        if data["best"]["strength"] == 0:
+            say.note("the best point is at strength 0: what was baked is the base itself; a larger --budget lets it change")

@@ -20,6 +20,7 @@ OPTIONS = (
     Opt("run", "a finished run", "RUN"),
     Opt("--to", "new folder", "DIR"),
     Opt("--as", "merged, adapter or delta", "FORM", default="merged", choices=("merged", "adapter", "delta")),
+    Opt("--dtype", "of a merged model: fp32, bf16 or fp16", "DTYPE", shown="what the base is stored in"),
     Opt("--at", "strength of the change, or best: the run's best point of the dial", "STRENGTH", shown="1"),
 )
 
@@ -36,10 +37,12 @@ def run(a: Any, say: Say) -> dict[str, Any]:
             at = float(at)
         except ValueError:
             raise UserError("--at", a.at, "give a number, or best") from None
-    return api.export(a.run, a.to, a.as_, at=at)
+    return api.export(a.run, a.to, a.as_, at=at, dtype=a.dtype)
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from temperament.cli.views import certified
 
     certified(data["certificate"], data["to"], say)
+    if (data["at"] or {}).get("strength") == 0:
+        say.note("at strength 0 this is the base itself: nothing of the change is in it")

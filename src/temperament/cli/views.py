@@ -134,6 +134,10 @@ def mark(ok: bool) -> Any:
 def certified(certificate: dict[str, Any], path: Any, say: Say) -> None:
     """What was written, and that it was reloaded and compared."""
     place("written", path, say)
-    say.out.print(
-        "[dim]checked   reloaded in a fresh process and compared with the live model; certificate.json says how closely[/dim]"
-    )
+    how = "reloaded in a fresh process and compared with the live model"
+    if certificate.get("max_difference") is not None:
+        how += f": largest difference of a logit {certificate['max_difference']:.1e}"
+    kept = certificate.get("rounding")
+    if kept and kept["max_difference"]:
+        how += f"; stored as {certificate['dtype']}, which moves a logit by at most {kept['max_difference']:.1e}"
+    say.out.print(f"[dim]checked   {how}[/dim]", highlight=False)

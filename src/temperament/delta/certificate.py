@@ -37,6 +37,7 @@ def certify(
     model_class: str = "AutoModelForCausalLM",
     live: nn.Module | None = None,
     processor=None,
+    compute: str = "auto",
     tolerance: float = 1e-4,
     seconds: float = 600,
 ) -> dict:
@@ -47,6 +48,7 @@ def certify(
         identity).
     inputs: keyword tensors of the forward; expected: the live model's logits (..., classes).
     live: the live model; its tied names must be tied again. processor: the live tokenizer; ids and template must be the same.
+    compute: dtype the reloaded model computes in ("auto": the one it is stored in), which is to be that of the live one.
     tolerance: largest difference in units of the spread of the expected logits (their standard deviation).
 
     Returns the record to keep beside the artefact; where `passed` is False, `failures` names what differs. WorkFailed if the
@@ -62,7 +64,7 @@ def certify(
         probe = _texts(processor) if processor is not None else None
         question = {
             "folder": str(folder.resolve()), "base": base and str(base if reload else Path(base).resolve()),
-            "reload": reload, "model_class": model_class, "texts": probe,
+            "reload": reload, "model_class": model_class, "texts": probe, "compute": compute,
         }  # fmt: skip
         write_json(Path(work) / "question.json", question)
         environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -118,14 +120,14 @@ def _encoded(processor, texts: list[str]) -> list:
     return found
 
 
-def _reloaded(folder: Path, base: str | None, name: str) -> tuple[nn.Module, dict[str, str]]:
+def _reloaded(folder: Path, base: str | None, name: str, compute: str) -> tuple[nn.Module, dict[str, str]]:
     import transformers
 
     from temperament.delta.delta import Delta
 
     if not name.startswith("AutoModel") or not hasattr(transformers, name):
         raise UserError("model class", name, "use one of transformers' AutoModel classes")
-    model = getattr(transformers, name).from_pretrained(base or folder, dtype="auto", local_files_only=True).eval()
+    model = getattr(transformers, name).from_pretrained(base or folder, dtype=compute, local_files_only=True).eval()
     if base is not None:
         delta = Delta.load(folder)
         delta.check_base(identity(base, *delta.components[:1])).apply(model)
@@ -141,7 +143,7 @@ def _answer(work: Path) -> None:
         module, _, function = question["reload"].partition(":")
         model, who = getattr(importlib.import_module(module), function)(base, folder)
     else:
-        model, who = _reloaded(folder, base, question["model_class"])
+        model, who = _reloaded(folder, base, question["model_class"], question["compute"])
     inputs = {key.removeprefix("q/input."): source.read(key) for key in source.names if key.startswith("q/input.")}
     with torch.no_grad():
         out = model(**inputs)

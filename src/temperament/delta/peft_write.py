@@ -22,6 +22,25 @@ from temperament.errors import UserError
 NO_TARGET = "dummy-target-modules"  # peft's own name for "no LoRA, only modules_to_save"
 
 
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def task_type(classes: Iterable[str], encoder_decoder: bool = False) -> str | None:
+    """PEFT's word for what models of these classes do; None where it has none (a masked LM, an image classifier, a policy)."""
+    for name in classes:
+        if name.endswith("ForConditionalGeneration"):
+            return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+        if (found := next((task for end, task in TASKS.items() if name.endswith(end)), None)) is not None:
+            return found
+    return None
+
+
 def not_peft(delta: Delta, base=None) -> str:
     """Why peft's LoRA format cannot hold this delta; empty when it can."""
     try:

@@ -1,13 +1,15 @@
 """What leaves the house: an adapter others can load, a merged model, a delta - each reloaded in a fresh process and compared.
 
     adapter    PEFT layout, when the whole change is low-rank; else refused with what to do instead
-    merged     a model folder for from_pretrained, tokenizer and template with it
+    merged     a model folder for from_pretrained, tokenizer and template with it, in the precision the base is stored in
     delta      safetensors + delta.json: any change, exactly
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +17,12 @@ from typing import Any, Literal
 import torch
 
 from temperament.bases.kept import kept
-from temperament.bases.load import Base, change, load
+from temperament.bases.load import DTYPES, Base, change, load
 from temperament.delta import Delta, LowRank, between
-from temperament.delta.certificate import certify
+from temperament.delta.certificate import certify, compare
 from temperament.delta.files import atomic_folder
-from temperament.delta.peft_write import write_peft
-from temperament.errors import UserError, WorkFailed
+from temperament.delta.peft_write import task_type, write_peft
+from temperament.errors import UserError, WorkFailed, nearest
 from temperament.nn import draws
 from temperament.run.artefacts import Folder
 from temperament.train.checkpoint import write_atomic
@@ -29,10 +31,16 @@ from temperament.train.checkpoint import write_atomic
 def save_delta(delta: Delta, base: Base, folder: Path, base_id: str) -> str:
     """The run's `delta/`: in PEFT layout where PEFT knows the method, else our own; both bound to the base's sha256."""
     if as_peft(delta):
-        write_peft(delta, folder, base=base.model, base_model=base_id, task_type="CAUSAL_LM", overwrite=True)
+        write_peft(delta, folder, base=base.model, base_model=base_id, task_type=task_of(base), overwrite=True)
         return "peft"
     replace(delta, meta={**delta.meta, "on": base_id}).save(folder, overwrite=True)
     return "delta"
+
+
+def task_of(base: Base) -> str | None:
+    """What PEFT calls the task of this base."""
+    encoder_decoder = getattr(getattr(base.model, "config", None), "is_encoder_decoder", False)
+    return task_type([type(base.model).__name__], encoder_decoder)
 
 
 def as_peft(delta: Delta) -> bool:
@@ -61,9 +69,15 @@ def delta_of(source: str, base: Base) -> Delta:
 
 
 def export(
-    run: str | Path, to: str | Path, as_: Literal["merged", "adapter", "delta"] = "merged", point: dict[str, Any] | None = None
+    run: str | Path,
+    to: str | Path,
+    as_: Literal["merged", "adapter", "delta"] = "merged",
+    point: dict[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Export a finished run (at a point of its dial, when given); returns the certificate."""
+    """Export a finished run (at a point of its dial, when given); returns the certificate. dtype: of a merged model; default:
+    what the base is stored in."""
+    of_form(as_, dtype)
     folder = Path(run)
     finished = Folder(folder).run()
     if not finished:
@@ -78,7 +92,15 @@ def export(
         from temperament.run.dial import scaled
 
         delta = scaled(delta, point, base.places)
-    return export_delta(base, delta, Path(to), as_)
+    return export_delta(base, delta, Path(to), as_, dtype)
+
+
+def of_form(as_: str, dtype: str | None) -> None:
+    """Refuse a precision that is none, or that this form does not have."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError("--dtype", dtype, nearest(dtype, DTYPES))
+    if dtype is not None and as_ != "merged":
+        raise UserError("--dtype", dtype, f"{as_} keeps the change as it was trained; a precision is chosen for --as merged")
 
 
 def free(to: str | Path, field: str = "--to") -> None:
@@ -88,8 +110,9 @@ def free(to: str | Path, field: str = "--to") -> None:
         raise UserError(field, str(to), "it exists and is not empty; name a new folder")
 
 
-def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dict[str, Any]:
+def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged", dtype: str | None = None) -> dict[str, Any]:
     """Write base + delta to a new folder and certify it."""
+    of_form(as_, dtype)
     free(to)
     if base.tokenizer is None and not hasattr(getattr(base.model, "config", None), "vocab_size"):
         mend = "only language models can be reloaded and compared; the change itself lies in the run's folder delta/"
@@ -105,27 +128,58 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged") -> dic
                 "this change is not low-rank, so adapter loaders cannot hold it; use --as merged, or `temper extract` for a "
                 "low-rank approximation",
             )
-        write_peft(delta, to, base=base.model, base_model=base.id, task_type="CAUSAL_LM")
+        write_peft(delta, to, base=base.model, base_model=base.id, task_type=task_of(base))
         return certify_and_record(base, delta, to, as_)
     added = sorted(n for n, a in delta.additions.items() if a.ship)
     if added:
         raise UserError(
             "--as", "merged", f"it adds a module ({added[0]}), which merges {delta.merges[added[0]]}; use --as delta"
         )
+    dtype = dtype or base.stored
     with atomic_folder(to) as new:
         base.reset()
         base.apply(delta)
         try:
-            base.model.save_pretrained(new, safe_serialization=True)
+            write_model(base.model, new, dtype)
             if base.tokenizer is not None:
                 base.tokenizer.save_pretrained(new)
         finally:
             base.reset()
-    return certify_and_record(base, delta, to, as_)
+    return certify_and_record(base, delta, to, as_, dtype)
 
 
-def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str, Any]:
-    """Reload from disk in a fresh process and compare with the live model; a difference is a failure, not a footnote."""
+def write_model(model: torch.nn.Module, folder: Path, dtype: str) -> None:
+    """The model in transformers' layout, its weights in this precision."""
+    cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    as_stored = lambda t: cast.setdefault(id(t), t.to(DTYPES[dtype])) if t.is_floating_point() else t
+    weights = {name: as_stored(t) for name, t in model.state_dict(keep_vars=True).items()}
+    model.save_pretrained(folder, safe_serialization=True, state_dict={n: t.detach() for n, t in weights.items()})
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for config in (told, *(c for c in told.values() if isinstance(c, dict))):
+        config |= {key: str(DTYPES[dtype]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
+    write_atomic(folder / "config.json", json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+@torch.no_grad()
+def rounded(model: torch.nn.Module, dtype: str) -> Iterator[None]:
+    """The model with its weights rounded to what this precision holds, in the precision it computes in."""
+    held = []
+    for tensor in model.state_dict(keep_vars=True).values():
+        new = tensor.to(DTYPES[dtype]).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        if not torch.equal(new, tensor):
+            held.append((tensor, tensor.data))
+            tensor.data = new
+    try:
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
+
+def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str = "fp32") -> dict[str, Any]:
+    """Reload from disk in a fresh process and compare with the live model; a difference is a failure, not a footnote. What is
+    stored in a smaller precision is compared with the live model rounded to it, and what the rounding did is recorded."""
     base.reset()
     base.apply(delta)
     try:
@@ -137,9 +191,11 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str) -> dict[str
         with torch.no_grad():
             expected = base.model(**inputs).logits
         if as_ == "merged":
-            certificate = certify(
-                to, inputs, expected, live=base.model, processor=base.tokenizer, model_class=_auto_class(base)
-            )
+            with rounded(base.model, dtype), torch.no_grad():
+                stored = base.model(**inputs).logits
+            how = {"live": base.model, "processor": base.tokenizer, "model_class": _auto_class(base)}
+            certificate = certify(to, inputs, stored, compute=str(expected.dtype).removeprefix("torch."), **how)
+            certificate |= {"dtype": dtype, "rounding": compare(stored, expected)}
         else:
             certificate = certify(to, inputs, expected, base=base.id, reload=f"{__name__}:reloaded")
     finally:

@@ -2,7 +2,8 @@
 
     low_rank    LoRA that PEFT loads: the closest of a rank, or the smallest within a relative error, for each matrix
     sparse      the largest entries, as index and value
-    ternary     signs and one number a tensor, Rice-coded (ComPEFT's form); the size is the mean of what is kept
+    ternary     signs and one number a tensor, Rice-coded (ComPEFT's form, of the whole change); the size is the mean of what is
+                kept
 
 Errors are relative and in Frobenius norm: |kept - change| / |change|, for each tensor and over all. One tensor is held at a
 time.
@@ -145,11 +146,12 @@ def _ternary(d: Tensor, density: float | None, error: float | None) -> Change:
 
 
 def _write(delta: Delta, under: Input, out: Path, kind: str) -> str:
-    from temperament.delta.peft_write import write_peft
+    from temperament.delta.peft_write import task_type, write_peft
 
     if kind != "low_rank":
         delta.save(out)
         return "delta"
     whole = {n: Replace(c.apply(under.source.read(n))) if isinstance(c, Dense) else c for n, c in delta.changes.items()}
-    write_peft(replace(delta, changes=whole), out, base=under.source, base_model=under.spec, task_type="CAUSAL_LM")
+    task = task_type(under.config.get("architectures") or (), bool(under.config.get("is_encoder_decoder")))
+    write_peft(replace(delta, changes=whole), out, base=under.source, base_model=under.spec, task_type=task)
     return "peft"

@@ -129,7 +129,7 @@ def test_sources_laid_out_otherwise_do_not_mix(base, tmp_path, other):
         {"data.mix": {"sources": [{"data.file": {"path": a, **one}}, {"data.file": {"path": b, **two}}]}}, Source
     ).open(context(base))
     for pair in (({"pack": 128}, other), (other, {"pack": 128})):
-        with pytest.raises(UserError, match=r"data.mix.sources is .*new: .* and old: .*its sources differ in (pack|split_long)"):
+        with pytest.raises(UserError, match=r"data.mix.sources is .*new: .* and old: .*differ in (pack|split_long)"):
             mixed(*pair)
     assert mixed(other, other).batch(0) is not None
 

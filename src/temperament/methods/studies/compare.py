@@ -9,7 +9,6 @@ from temperament.parts import build, part
 from temperament.protocols import Trainable
 from temperament.stats import t_interval
 
-
 NUMBERS = ("target", "worth", "gain", "retained", "loss", "near_loss", "nll", "kl", "steps", "seconds", "parameters")
 
 
