@@ -18,7 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 import fixtures
 
-from temperament.report import charts, html, picture, read_run, render, show, svg, terminal
+from temperament.report import charts, html, picture, read_run, render, show, svg, terminal, views
 from temperament.report.items import differences, pick
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -196,6 +196,18 @@ def test_every_lost_item_is_shown_when_it_fits():
     rows = [{"prompt": str(i), "before": "a", "after": "b", "status": "lost" if i < 200 else "kept"} for i in range(9000)]
     picked = pick({"s": rows}, 1_300_000, 900)
     assert picked.shown["lost"] == 200 and picked.totals == {"lost": 200, "kept": 8800} and len(picked.items) <= 900
+
+
+def test_what_the_targets_missed_comes_before_what_was_kept():
+    of = lambda *states: [{"prompt": str(i), "before": "a", "after": "b", "status": s} for i, s in enumerate(states)]
+    found = {"copy": of("kept", "missed", "lost"), "mine": of("kept", "missed", "gained", "missed")}
+    picked = pick(found, 1_300_000, 900, targets={"mine"})
+    order = [(i["skill"], i["status"]) for i in picked.items]
+    assert order[:4] == [("copy", "lost"), ("mine", "missed"), ("mine", "missed"), ("mine", "gained")]
+    assert order[-1] == ("copy", "missed") and picked.totals == {"lost": 1, "missed": 3, "gained": 1, "kept": 2}
+    skill = lambda name, gain, seen: {"name": name, "role": "target", "before": 0.1, "after": 0.1 + gain, "seen": seen}
+    ledger = {"skills": [skill("a", 0.5, "gained"), skill("b", 0.0, "none"), skill("c", 0.2, "gained")]}
+    assert [r["name"] for r in views.skills(ledger)["groups"][0]["rows"]] == ["b", "a", "c"]
 
 
 def test_pictures_stay_within_the_budget():

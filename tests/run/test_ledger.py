@@ -283,6 +283,13 @@ def test_verdict_says_it_plainly():
     assert "`add` grew less likely (NLL +0." in said
 
 
+def test_of_a_target_that_shows_no_gain_the_answers_may_still_be_likelier():
+    made = lambda nll: [Outcome(str(i), "s", "", "", "", 0.0, nll=nll + 0.01 * i) for i in range(20)]
+    rows = {row: {"s": SkillResult("s", "target", "exact", tuple(made(n)))} for row, n in (("base", 2.5), ("after", 0.5))}
+    assert "the right answers of `s` grew more likely (NLL 2.59 to 0.59 nats a token)" in Ledger(rows).verdict
+    assert "likely" not in Ledger({"base": rows["base"], "after": rows["base"]}).verdict
+
+
 def test_verdict_of_nothing():
     flat = [0.0] * 20
     assert "No gain seen on `s` (0 % to 0 %" in two(flat, flat, role="target").verdict

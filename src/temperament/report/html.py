@@ -94,6 +94,10 @@ def _page(run: Mapping[str, Any], share: float) -> str:
             damaged.append(name)
             return otherwise
 
+    def picked(found: Any) -> Any:
+        targets = {s["name"] for s in ledger.get("skills") or () if isinstance(s, Mapping) and s.get("role") == "target"}
+        return items.pick(found, int(ITEM_BYTES * share), int(ITEM_COUNT * share), targets=targets)
+
     compared = drawn("compare", charts.compare, run.get("compare"))
     front = drawn("frontier", charts.frontier, run.get("frontier"))
     said = run.get("verdict") or (front or {}).get("said") or ledger.get("verdict") or (compared or {}).get("said")
@@ -107,7 +111,7 @@ def _page(run: Mapping[str, Any], share: float) -> str:
         "curves": drawn("log", charts.curves, run.get("log")),
         "dial": drawn("dial", charts.dial, run.get("dial")),
         "images": drawn("images", extras.images, run.get("images"), int(IMAGE_BYTES * share)),
-        "items": drawn("items", items.pick, run.get("items") or {}, int(ITEM_BYTES * share), int(ITEM_COUNT * share)),
+        "items": drawn("items", picked, run.get("items") or {}),
         "weights": drawn("weights", extras.weights, run.get("weights")),
         "plan": drawn("plan", extras.plan, run),
         "steps": drawn("steps", extras.steps, run.get("steps") if share else None),

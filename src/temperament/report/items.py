@@ -1,14 +1,14 @@
 """Which items a page can carry, and where two outputs differ.
 
-Every lost item comes first, then gained, then samples of the rest, taken in turns from each skill, until the budget is spent;
-what was left out is counted and said.
+Every lost item comes first, then what the targets missed, then gained, then samples of the rest, taken in turns from each
+skill, until the budget is spent; what was left out is counted and said.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from temperament.report import show
 from temperament.report.show import clip
 
-ORDER = ("lost", "gained", "kept", "missed", None)
+ORDER = ("lost", "wanted", "gained", "kept", "missed", None)  # wanted: missed, of a target
 FIELDS = ("prompt", "expected", "before", "after")
 
 
@@ -32,25 +32,29 @@ class Picked:
         return sum(self.totals.values())
 
 
-def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: int, text: int = 900) -> Picked | None:
+def pick(
+    items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: int, text: int = 900, targets: Container[str] = ()
+) -> Picked | None:
     """At most `most` items and `budget` bytes of page; long texts are clipped to `text` characters with a stated remainder."""
     items = {str(k): [i for i in rows if isinstance(i, Mapping)] for k, rows in items.items()}
     by_status: dict[Any, list[tuple[str, Mapping[str, Any]]]] = {s: [] for s in ORDER}
     totals: dict[str, int] = {}
+    kind = lambda skill, i: "wanted" if _status(i) == "missed" and skill in targets else _status(i)
     for state in ORDER:
-        queues = [[(skill, i) for i in rows if _status(i) == state] for skill, rows in items.items()]
+        queues = [[(skill, i) for i in rows if kind(skill, i) == state] for skill, rows in items.items()]
         for turn in range(max(map(len, queues), default=0)):
             by_status[state] += [q[turn] for q in queues if turn < len(q)]
         if by_status[state]:
-            totals[state or "measured"] = len(by_status[state])
+            totals[_called(state)] = totals.get(_called(state), 0) + len(by_status[state])
     left, chosen, shown = budget, [], {}
-    rooms = {"lost": 0.55, "gained": 0.5, "kept": 0.6, "missed": 1.0, None: 1.0}  # of what is left: every kind gets a place
+    # of what is left: every kind gets a place
+    rooms = {"lost": 0.55, "wanted": 0.35, "gained": 0.5, "kept": 0.6, "missed": 1.0, None: 1.0}
     for state in ORDER:
         room, count = int(left * rooms[state]), int((most - len(chosen)) * rooms[state])
         if sum(map(len, by_status.values())) <= most:
             count = most
         for skill, item in by_status[state]:
-            row = {"skill": show.name(skill), "status": state or "measured", "id": item.get("id", "")}
+            row = {"skill": show.name(skill), "status": _called(state), "id": item.get("id", "")}
             row |= {f: None if item.get(f) is None else clip(item[f], text) for f in FIELDS}
             row |= {f: item.get(f) for f in ("score_before", "score_after")}
             cost = 700 + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
@@ -63,7 +67,11 @@ def pick(items: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, most: in
 
 
 def _status(item: Mapping[str, Any]) -> str | None:
-    return item.get("status") if item.get("status") in ORDER else None
+    return item.get("status") if item.get("status") in ("lost", "gained", "kept", "missed") else None
+
+
+def _called(state: str | None) -> str:
+    return {"wanted": "missed", None: "measured"}.get(state, state)
 
 
 def differences(before: str | None, after: str | None) -> tuple[Markup, Markup]:

@@ -17,16 +17,17 @@ WORDS = {"gained": "gain seen", "lost": "loss seen", "none": "no change seen"}
 
 
 def skills(ledger: Mapping[str, Any], most: int = 200) -> dict[str, Any] | None:
-    """Tracks by role; retained skills near to the target first, then by loss."""
+    """Tracks by role; targets that show no gain first, then by gain; retained skills near to the target first, then by loss."""
     rows = [skill(s) for s in ledger.get("skills") or [] if isinstance(s, Mapping)]
     rows = [r for r in rows if r["before"] is not None or r["after"] is not None or r["nll"] or r["kl"]]
     if not rows:
         return None
     order = lambda r: (NEAR.get(r["distance"], 3), r["gain"] if r["gain"] is not None else 0)
+    missed = lambda r: (r["seen"] == "gained", -(r["gain"] or 0))  # targets that show no gain first
     titles = {"target": "Target", "retained": "Retained: what it knew before", "other": "Also measured"}
     groups = []
     for role, title in titles.items():
-        found = sorted((r for r in rows if r["role"] == role), key=order if role != "target" else lambda r: -(r["gain"] or 0))
+        found = sorted((r for r in rows if r["role"] == role), key=order if role != "target" else missed)
         if found:
             metrics = {r["metric"] for r in found}
             one = metrics.pop() if len(metrics) == 1 else ""

@@ -23,6 +23,11 @@ def verdict(changes: Sequence[Change]) -> str:
     if unseen := [c for c in target if c.seen == "none"]:
         tails = [f"`{c.name}` ({_span(c)}{_unseen_gain(c)})" for c in unseen]
         said.append(f"No gain seen on {_list(tails)}.")
+    if moved := [c for c in unseen if c.nll and not c.nll.ci95[0] <= 0 <= c.nll.ci95[1]]:
+        way = lambda c: "more" if c.nll.change < 0 else "less"
+        span = lambda c: f"NLL {c.nll.before:.2f} to {c.nll.after:.2f} nats a token"
+        told = [f"of `{c.name}` grew {way(c)} likely ({span(c)})" for c in moved]
+        said.append(f"Below the surface the right answers {_list(told)}.")
     if fresh := [c for c in changes if c.role == "target" and c.change is None and c.after is not None]:
         ends = _list([f"`{c.name}` ends at {level(c.after, c.unit)}" for c in fresh])
         said.append(f"The base has no score to compare with: {ends}.")
