@@ -149,8 +149,11 @@ def search(models: Sequence[str], out: str | Path, **how: Any) -> dict[str, Any]
     return done
 
 
-def export(run: str | Path, to: str | Path, as_: str = "merged", *, at: str | float | None = None) -> dict[str, Any]:
-    """Write a finished run for others to load. at: a strength, or "best" for the best point of the run's dial."""
+def export(
+    run: str | Path, to: str | Path, as_: str = "merged", *, at: str | float | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """Write a finished run for others to load. at: a strength, or "best" for the best point of the run's dial. dtype: of a
+    merged model (fp32, bf16, fp16); default: what the base is stored in."""
     from temperament.run.artefacts import Folder
     from temperament.run.export import export as write
 
@@ -165,13 +168,15 @@ def export(run: str | Path, to: str | Path, as_: str = "merged", *, at: str | fl
         if not math.isfinite(float(at)):
             raise UserError("--at", at, "give a finite number, or best")
         point = {"shape": "merge.linear", "strength": float(at)}
-    return {"run": str(run), "to": str(to), "as": as_, "at": point, "certificate": write(run, to, as_, point)}
+    return {"run": str(run), "to": str(to), "as": as_, "at": point, "certificate": write(run, to, as_, point, dtype)}
 
 
 def look(
-    data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, limit: int | None = None, **options: Any
+    data: str, base: str | Base, *, n: int = 3, skip_bad: bool = False, limit: int | None = None,
+    columns: dict[str, str] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """What a base will really see of a file: tokens, weights, roles, totals. options: those of `engine.encode`."""
+    """What a base will really see of a file: tokens, weights, roles, totals. options: those of `engine.encode`;
+    columns: ours by the file's names, e.g. {"prompt": "question"}."""
     from temperament.bases.load import load
     from temperament.engine.describe import describe
     from temperament.engine.rows import read_rows
@@ -187,7 +192,7 @@ def look(
         examples = as_read(rows, tokenizer)
         notes = [*rows.notes, "the images carry the loss; these are their captions as a text encoder of this base reads them"]
     else:
-        rows = read_rows(data, on_bad=on_bad, limit=limit)
+        rows = read_rows(data, on_bad=on_bad, limit=limit, columns=columns)
         examples, notes = list(rows), list(rows.notes)
     told = describe(examples, tokenizer, n, rows.bad, **options)
     return {"data": data, "shape": rows.shape, "columns": list(rows.columns), "notes": notes, **told}

@@ -29,6 +29,14 @@ class UserError(TemperError):
         super().__init__(one_line(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}"))
 
 
+class Unusable(UserError):
+    """Something in a file cannot be used: "train.jsonl, line 5: it lacks 'completion'; mend it." where: file and line."""
+
+    def __init__(self, where: str, what: object, mend: str):
+        super().__init__(where, what, mend)
+        self.args = (one_line(f"{where}: {mend}{'' if mend.endswith('?') else '.'}"),)
+
+
 class WorkFailed(TemperError):
     exit_code = 1
 

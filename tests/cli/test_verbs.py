@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(folder, capsys):
 def test_export(run, folder, capsys, form):
     place, _ = run
     to = folder / f"export-{form}"
-    made = spoken(capsys, "export", place, "--to", to, "--as", form)
+    exact = ("--dtype", "fp32") if form == "merged" else ()
+    made = spoken(capsys, "export", place, "--to", to, "--as", form, *exact)
     assert (to / "certificate.json").exists() and made["certificate"] and Path(made["to"]) == to
     again = spoken(capsys, "export", place, "--to", to, "--as", form, code=2)
     assert again["field"] == "--to" and "not empty" in again["error"]
@@ -220,7 +222,7 @@ def test_new_writes_a_recipe_that_reads_back(folder, capsys, monkeypatch):
                     "--base",
                     "lab/lm",
                     "--data",
-                    "new.jsonl",
+                    "pairs.jsonl" if kind == "dpo" else "new.jsonl",
                     "--out",
                     str(out),
                     "--steps",
@@ -250,6 +252,82 @@ def test_new_writes_a_recipe_that_reads_back(folder, capsys, monkeypatch):
     assert cli.main(["new", "sfd", "--base", "lab/lm", "--data", "x"]) == 2 and "did you mean 'sft'?" in capsys.readouterr().err
 
 
+def test_new_reads_the_rows_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {
+        "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "completion": {"question": "1+1=", "answer": "2"},
+        "text": {"text": "a text"},
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "odd": {"ask": "a", "say": "b"},
+    }
+    for name, row in rows.items():
+        Path(f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    new = lambda kind, data, *more: spoken(capsys, "new", kind, "--base", "lab/lm", "--data", f"{data}.jsonl", *more)
+    source = lambda text: yaml.safe_load(text)["steps"][0]["train"]["source"]["data.file"]
+    for kind, name in (("sft", "chat"), ("kl-sft", "text"), ("dpo", "preference")):
+        assert source(new(kind, name)["recipe"])["shape"] == name
+    text = new("sft", "completion")["recipe"]
+    assert source(text)["columns"] == {"prompt": "question", "completion": "answer"}
+    assert re.search(r"^ +# alpha: null +# ", text, re.M), "options whose default is null are shown"
+    mine = new("grpo", "odd", "--columns", "prompt=ask,completion=say")["recipe"]
+    told = yaml.safe_load(mine)["steps"][0]["train"]["source"]["rollout.sample"]["prompts"]["data.file"]
+    assert told["columns"] == {"prompt": "ask", "completion": "say"} and told["shape"] == "completion"
+    refused = lambda *line: cli.main([*line]) == 2 and capsys.readouterr().err
+    assert "`temper new dpo`" in refused("new", "sft", "--base", "lab/lm", "--data", "preference.jsonl")
+    assert "did you mean 'sft'" in refused("new", "sftt")
+    assert "OURS=THEIRS" in refused("new", "sft", "--base", "lab/lm", "--data", "odd.jsonl", "--columns", "prompt")
+    hint = refused("data", "completion.jsonl", "--base", "lab/lm-small")
+    assert "rename with --columns prompt=question,completion=answer" in hint
+    renamed = ("--columns", "prompt=question,completion=answer")
+    assert spoken(capsys, "data", "completion.jsonl", "--base", "lab/lm-small", *renamed)
+    Path("bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    said = refused("data", "bad.jsonl", "--base", "lab/lm-small")
+    assert said.startswith("bad.jsonl, line 2: ") and "add --skip-bad" in said and "on_bad" not in said
+    near = refused("eval", "lab/lm-small", "--suite", "chta.jsonl")
+    assert "no such file; did you mean" in near and "'chat.jsonl'?" in near
+
+
+def test_a_strength_of_nothing_and_how_close(capsys):
+    from temperament.cli import dial, export
+    from temperament.cli.say import Say
+
+    certificate = {"max_difference": 3.2e-7, "dtype": "bf16", "rounding": {"max_difference": 0.012, "kl": 1e-6}}
+    export.show({"to": "x", "at": {"shape": "merge.linear", "strength": 0.0}, "certificate": certificate}, Say(), None)
+    out, err = capsys.readouterr()
+    assert "3.2e-07" in out and "bf16" in out and "the base itself" in err
+    levels = {"target": 0.1, "target_change": 0.0, "retained": 0.9, "retained_change": 0.0}
+    point = {"strength": 0.0, "shape": "merge.linear", **levels}
+    dial.show({"points": [point], "best": point, "budget": 1.0, "baked": "x", "certificate": certificate}, Say(), None)
+    assert "the base itself" in capsys.readouterr().err
+
+
+def test_diagnose_leaves_out_what_did_not_change(capsys):
+    from temperament.cli import diagnose
+    from temperament.cli.say import Say
+
+    rows = [{"place": f"layer{i}", "count": 0, "relative_norm": float(i == 1)} for i in range(4)]
+    data = {"delta": {"parameters": 3, "bytes": 12}, "diagnoses": {"diagnose.x": {"intruders": 0, "rows": rows}}}
+    diagnose.show(data, Say(), None)
+    out = capsys.readouterr().out
+    assert "layer1" in out and "layer2" not in out and "3 more that did not change" in out
+
+
+def test_the_pace_is_told_when_it_means_something(capsys):
+    from temperament.cli.live import Live
+    from temperament.cli.say import Say
+
+    live = Live(Say())
+    live.on_phase("sft")
+    live.on_step("sft", 1, 100, 2.0, 9.0)
+    first = capsys.readouterr().err
+    assert "loss 2.000" in first and "left" not in first and "step" not in first
+    live.on_step("sft", 2, 100, 2.0, 0.5)
+    live.printed = -1e9
+    live.on_step("sft", 3, 100, 2.0, 0.5)
+    assert "2.0 steps/s" in capsys.readouterr().err, "the first step, which warms up, is not counted"
+
+
 def test_adapters_learn_ten_times_faster_and_large_bases_slower():
     from temperament.run.new import rate, size_of
 
@@ -266,6 +344,9 @@ def test_adapters_learn_ten_times_faster_and_large_bases_slower():
 
 def test_parts_and_doctor(capsys):
     listed = spoken(capsys, "parts")
+    lora = {p["name"] for p in spoken(capsys, "parts", "LoRA")}
+    assert "adapters.lora" in lora and "select.half" not in lora and len(lora) < len(listed)
+    assert cli.main(["parts", "nothing like it"]) == 2 and "no part has it" in capsys.readouterr().err
     assert {"name", "room", "papers", "summary", "modalities", "options"} <= listed[0].keys()
     half = next(p for p in listed if p["name"] == "select.half")
     assert half["papers"] == ["012"] and {"type", "default", "help"} == half["options"]["share"].keys()

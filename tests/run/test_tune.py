@@ -369,6 +369,8 @@ def test_best_may_be_read_from_the_first_update(base, tmp_path):
         evaluation={"base": False, "every": 5},
     )
     best, start = (tune(spec(v), tmp_path / v, base=base) for v in ("best", "start"))
+    said = repr(best)
+    assert str(best.folder) in said and "done" in said and "lab/lm" in said and len(said) < 2000
     assert best.delta.digest == start.delta.digest
 
 

@@ -165,6 +165,26 @@ def _meant(name: str, known: list[str]) -> str:
     return f"it takes {', '.join(k for k in known if k != '--help')}."
 
 
+def pairs(field: str, text: str | None) -> dict[str, str]:
+    """`prompt=question,completion=answer` as a mapping."""
+    found = [p.partition("=") for p in (text or "").split(",") if p.strip()]
+    if any(not (a.strip() and b.strip()) for a, _, b in found):
+        raise UserError(field, text, "write OURS=THEIRS, e.g. prompt=question,completion=answer")
+    return {a.strip(): b.strip() for a, _, b in found}
+
+
+def as_flags(problem: UserError, options: Sequence[Opt]) -> UserError:
+    """A sentence that advises an entry of a recipe, with the flag of this verb that does the same."""
+    names, sentence = {o.name for o in options}, str(problem)
+    if "--skip-bad" in names:
+        sentence = sentence.replace("say on_bad: skip", "add --skip-bad")
+    if "--columns" in names:
+        said = lambda m: "rename with --columns " + m[1].replace(": ", "=").replace(", ", ",")
+        sentence = re.sub(r"rename with columns: \{(.*?)\}", said, sentence)
+    problem.args = (sentence,)
+    return problem
+
+
 def need(verb: str, a: argparse.Namespace, *dests: str) -> None:
     """Refuse to go on without these."""
     options = {o.dest: o for o in cli.module(verb).OPTIONS}
@@ -228,7 +248,10 @@ def _verb(verb: str, rest: list[str], say: Say) -> int:
     _calm()
     # What libraries print must not spoil what we print.
     with contextlib.redirect_stdout(sys.stderr):
-        data = module.run(a, say)
+        try:
+            data = module.run(a, say)
+        except UserError as problem:
+            raise as_flags(problem, module.OPTIONS) from None
     if say.main:
         if a.json:
             say.print(json.dumps(data, ensure_ascii=False, indent=1 if say.terminal else None, default=str))

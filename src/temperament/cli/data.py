@@ -18,6 +18,7 @@ from temperament.cli.say import Say
 OPTIONS = (
     Opt("data", "JSONL, JSON, CSV, TSV or Parquet file, a folder of these, or a data set", "FILE"),
     Opt("--base", "whose tokenizer and template: lab/lm, a folder, or a Hugging Face id", "BASE"),
+    Opt("--columns", "columns that the file calls otherwise, e.g. prompt=question,completion=answer", "OURS=THEIRS,..."),
     Opt("--mask", "what is trained: auto, assistant, completion, last or all", "MASK", default="auto"),
     Opt("--n", "rows shown", "N", int, 3),
     Opt("--max-length", "tokens an example may have; longer ones are refused", "N", int),
@@ -28,10 +29,11 @@ OPTIONS = (
 
 def run(a: Any, say: Say) -> dict[str, Any]:
     from temperament import api
-    from temperament.cli.app import need
+    from temperament.cli.app import need, pairs
 
     need("data", a, "base")
-    return api.look(a.data, a.base, n=a.n, skip_bad=a.skip_bad, limit=a.limit, mask=a.mask, max_length=a.max_length)
+    how = {"mask": a.mask, "max_length": a.max_length, "columns": pairs("--columns", a.columns)}
+    return api.look(a.data, a.base, n=a.n, skip_bad=a.skip_bad, limit=a.limit, **how)
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:

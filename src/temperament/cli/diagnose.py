@@ -42,4 +42,13 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     say.out.print(f"[dim]change   [/dim] {d['parameters']:,} parameters changed, {size(d['bytes'])}")
     for name, found in data["diagnoses"].items():
         say.out.print(f"\n[bold]{name}[/bold]")
-        flat(found, say)
+        still = {key: [r for r in rows if unmoved(r)] for key, rows in found.items() if isinstance(rows, list)}
+        flat(found | {key: [r for r in found[key] if not unmoved(r)] for key, rows in still.items() if rows}, say)
+        for key, rows in still.items():
+            if rows:
+                say.out.print(f"[dim]{key}: {len(rows)} more that did not change are left out (--json has them)[/dim]")
+
+
+def unmoved(row: Any) -> bool:
+    """A place where nothing was changed: its change is stated, and 0."""
+    return isinstance(row, dict) and row.get("relative_norm") == 0

@@ -93,15 +93,17 @@ class Live(AbstractContextManager):
         self.base = self.base or means
 
     def on_step(self, name: str, step: int, total: int, loss: float, seconds: float, tokens: int = 0, **terms: Any) -> None:
-        self.recent = [*self.recent[-49:], (seconds, tokens)]
-        spent = sum(s for s, _ in self.recent)
-        rate = len(self.recent) / spent if spent else 0.0
+        self.recent = [*self.recent[-50:], (seconds, tokens)]
+        told = self.recent if len(self.recent) > 50 else self.recent[1:]  # the first step warms up: it says nothing of the rest
+        spent = sum(s for s, _ in told)
+        rate = len(told) / spent if spent and len(told) > 1 else 0.0
         left = (total - step) / rate if rate else 0.0
         worth = {
             k: v for k, v in terms.items() if k.rpartition("/")[2] in ("reward", "accuracy", "kl") and isinstance(v, float)
         }
         numbers = "  ".join([f"loss {loss:.3f}", *(f"{k} {v:.3f}" for k, v in worth.items())])
-        tail = f"{rate_text(rate)}  {f'{duration(left)} left  ' if step < total else ''}{numbers}"
+        pace = f"{rate_text(rate)}  {f'{duration(left)} left  ' if step < total else ''}" if rate else ""
+        tail = pace + numbers
         if self.say.err.is_terminal:
             self._moving(name, tail, total, step)
         elif time.monotonic() - self.printed > EVERY or step in (1, total):

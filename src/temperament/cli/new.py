@@ -21,7 +21,8 @@ from temperament.cli.say import Say
 OPTIONS = (
     Opt("kind", "sft, kl-sft, dpo or grpo", "KIND", shown="asked"),
     Opt("--base", "what is tuned: lab/lm, a folder, or a Hugging Face id", "BASE"),
-    Opt("--data", "a file, folder or data set of rows", "FILE"),
+    Opt("--data", "a file, folder or data set of rows; a file is looked at, and the recipe reads it as it is", "FILE"),
+    Opt("--columns", "columns that the file calls otherwise, e.g. prompt=question,completion=answer", "OURS=THEIRS,..."),
     Opt(
         "--method",
         "what is trained: adapters.lora, select.full, select.half, ... (`temper parts`)",
@@ -45,10 +46,12 @@ QUESTIONS = (
 
 
 def run(a: Any, say: Say) -> dict[str, Any]:
-    from temperament.cli.app import need
+    from temperament.cli.app import need, pairs
     from temperament.errors import UserError
-    from temperament.run.new import write
+    from temperament.run.new import known, write
 
+    if a.kind:
+        known(a.kind)
     if sys.stdin.isatty() and say.terminal and not a.json:
         for name, question, usual in QUESTIONS:
             if not getattr(a, name):
@@ -69,6 +72,7 @@ def run(a: Any, say: Say) -> dict[str, Any]:
         batch=a.batch,
         reward=a.reward,
         seed=a.seed,
+        columns=pairs("--columns", a.columns),
     )
     if a.out:
         from temperament.train.checkpoint import write_atomic

@@ -1,6 +1,7 @@
 """List all methods, by room.
 
     temper parts
+    temper parts lora
     temper parts --room adapters
     temper parts --json
 
@@ -15,7 +16,10 @@ from typing import Any
 from temperament.cli.app import Opt
 from temperament.cli.say import Say
 
-OPTIONS = (Opt("--room", "only the parts of one room, such as select or objectives.policy", "ROOM"),)
+OPTIONS = (
+    Opt("text", "only parts with this text in their name, summary or papers", "TEXT", shown="all"),
+    Opt("--room", "only the parts of one room, such as select or objectives.policy", "ROOM"),
+)
 
 
 def run(a: Any, say: Say) -> list[dict[str, Any]]:
@@ -25,10 +29,15 @@ def run(a: Any, say: Say) -> list[dict[str, Any]]:
     if a.room is not None and not parts.names(a.room):
         rooms = {n.partition(".")[0] for n in parts.index()}
         raise UserError("--room", a.room, f"no such room; {nearest(a.room, rooms)}")
+    names, brief = parts.names(a.room), parts.brief()
+    if a.text:
+        holds = lambda n: a.text.lower() in " ".join([n, *map(str, brief[n].values())]).lower()
+        names = [n for n in names if holds(n)]
+        if not names:
+            raise UserError("text", a.text, f"no part has it; {nearest(a.text, parts.names(a.room))}")
     if a.json:
-        return [parts.card(name).to_json() for name in parts.names(a.room)]
-    brief = parts.brief()
-    return [{"name": n, "room": n.partition(".")[0], **brief[n]} for n in parts.names(a.room)]
+        return [parts.card(name).to_json() for name in names]
+    return [{"name": n, "room": n.partition(".")[0], **brief[n]} for n in names]
 
 
 def show(data: list[dict[str, Any]], say: Say, a: Any) -> None:

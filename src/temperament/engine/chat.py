@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from temperament.engine.examples import Example
-from temperament.errors import UserError
+from temperament.errors import Unusable, UserError
 
 PLAIN = (
     "{{ bos_token if bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}Assistant:"
@@ -37,7 +37,7 @@ NO_END = "writes no end token after {}, so a model would never learn to stop the
 REWRITTEN = "writes {} differently once the conversation goes on, so the words trained would not be those the model sees"
 
 
-class BadExample(UserError):
+class BadExample(Unusable):
     """An example that cannot be encoded. Names its row; sources collect these when told to skip."""
 
     def __init__(self, example: Example, reason: str, mend: str = "mend the row, or say on_bad: skip"):

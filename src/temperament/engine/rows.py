@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from temperament.engine.examples import COLUMNS, COMMON, SHAPES, Example, Origin, Unfit, question, to_example
-from temperament.errors import UserError, nearest
+from temperament.errors import Unusable, UserError, nearest
 
 LONGEST_ROW = 64 << 20  # bytes; a longer line is not a row but a file without line ends
 LINES, ARRAYS, TABLES, COLUMNAR = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv"), (".parquet",)
@@ -102,7 +102,7 @@ def read_rows(
             bad.append(BadRow(origin, str(reason)))
     if not total:
         raise UserError("data", name, "the source has no rows; give at least one")
-    stop = lambda: UserError(
+    stop = lambda: Unusable(
         str(bad[0].origin), "a row that cannot be used",
         f"{bad[0].reason} ({len(bad)} of {total} rows bad); mend it, or say on_bad: skip",
     )  # fmt: skip
@@ -179,6 +179,23 @@ def _renamed(raw: list, columns: Mapping[str, str], name: str) -> list:
     return [(origin, {rename(k): v for k, v in row.items()}) for origin, row in raw]
 
 
+def _guessed(usual: set[str]) -> dict[str, str]:
+    """Our columns as those of a file may be meant by their names, where they make no shape as they are called."""
+    ours = [(k, t) for k, guesses in GUESSES.items() for t in guesses if t in usual and k not in usual]
+    known = {"prompt": 0, "completion": 0} if {"prompt", "completion"} <= {k for k, _ in ours} | usual else dict(ours)
+    return {k: next(t for o, t in ours if o == k) for k in known if any(o == k for o, _ in ours)}
+
+
+def glance(source: str | Path, columns: Mapping[str, str] | None = None, limit: int = 200) -> tuple[str, dict[str, str]]:
+    """(shape, columns) to read a file with, from its first rows: columns that make no shape are taken as their names say."""
+    raw = [row for _, row in islice(_raw_rows(source, None, None), limit) if isinstance(row, Mapping)]
+    found, columns = Counter(k for row in raw for k, v in row.items() if v is not None), dict(columns or {})
+    usual = {k for k, n in found.items() if 2 * n >= len(raw)}
+    if not columns and not any(s.fits(usual) for s in SHAPES.values()):
+        columns = _guessed(usual)
+    return read_rows(source, on_bad="skip", limit=limit, columns=columns).shape, columns
+
+
 def _detect(raw: list, found: Counter, name: str) -> tuple[str, list[str]]:
     """The first shape that fits the columns at least half of the rows have: one row that lacks a column is then a bad row,
     not a change of shape."""
@@ -188,10 +205,7 @@ def _detect(raw: list, found: Counter, name: str) -> tuple[str, list[str]]:
     if truths and "judged" not in fitting:  # answers marked false must not be imitated because a column was overlooked
         fitting.insert(0, "judged")
     if not fitting:
-        ours = [(k, t) for k, guesses in GUESSES.items() for t in guesses if t in usual and k not in usual]
-        known = {"prompt": 0, "completion": 0} if {"prompt", "completion"} <= {k for k, _ in ours} | usual else dict(ours)
-        hint = {k: next(t for o, t in ours if o == k) for k in known if any(o == k for o, _ in ours)}
-        if hint:
+        if hint := _guessed(usual):
             mend = "rename with columns: {" + ", ".join(f"{k}: {t}" for k, t in hint.items()) + "}"
         else:
             other = sorted(usual - set(COLUMNS))
@@ -331,7 +345,7 @@ def _array(path: Path, f: IO[bytes]) -> Iterator:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
         line, byte = data.count(b"\n", 0, e.start) + 1, f"byte 0x{data[e.start]:02x}"
-        raise UserError(f"{path}, line {line}", byte, "that is not UTF-8; save the file as UTF-8") from None
+        raise Unusable(f"{path}, line {line}", byte, f"{byte} is not UTF-8; save the file as UTF-8") from None
     blank = re.compile(r"[ \t\r\n]*")
     at, line, counted = blank.match(text, text.index("[") + 1).end(), 1, 0
     first = True
@@ -341,7 +355,8 @@ def _array(path: Path, f: IO[bytes]) -> Iterator:
             break
         if not first:
             if text[at : at + 1] != ",":
-                raise UserError(f"{path}, line {line}", text[at : at + 20], "a comma or the end of the list belongs here")
+                here = text[at : at + 20]
+                raise Unusable(f"{path}, line {line}", here, f"a comma or the end of the list belongs where {here!r} stands")
             at = blank.match(text, at + 1).end()
             line, counted = line + text.count("\n", counted, at), at
         first = False
@@ -349,7 +364,7 @@ def _array(path: Path, f: IO[bytes]) -> Iterator:
             row, end = _decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as e:
             why = f"{e.msg}, line {e.lineno}" if isinstance(e, json.JSONDecodeError) else _why_not_json(e)
-            raise UserError(f"{path}, line {line}", text[at : at + 20], f"the row is not JSON ({why}); mend it") from None
+            raise Unusable(f"{path}, line {line}", text[at : at + 20], f"the row is not JSON ({why}); mend it") from None
         yield Origin(str(path), line), row
         at = blank.match(text, end).end()
 
@@ -366,7 +381,7 @@ def _table(path: Path, f: IO[bytes]) -> Iterator:
         try:
             cells = next(reader, None)
         except csv.Error as e:
-            raise UserError(f"{path}, line {before + 1}", "not CSV", f"{e}; close the quotes") from None
+            raise Unusable(f"{path}, line {before + 1}", "not CSV", f"this is not CSV ({e}); close the quotes") from None
         if cells is None:
             return
         origin, before = Origin(str(path), before + 1), reader.line_num

@@ -88,5 +88,12 @@ def suite(given: Any) -> Any:
             given = {"evaluate.file": {"data": {"data.file": {"path": given, "holdout": 0.0}}, "rows": "all"}}
         elif given not in parts.index():
             known = [n.removeprefix("evaluate.") for n in parts.names("evaluate")]
-            raise UserError("--suite", given, f"neither a suite nor a file; {nearest(given.removeprefix('evaluate.'), known)}")
+            if not Path(given).suffix or given.startswith("evaluate."):
+                near = nearest(given.removeprefix("evaluate."), known)
+                raise UserError("--suite", given, f"neither a suite nor a file; {near}")
+            place = Path(given).expanduser().parent
+            files = [str(p) for p in place.iterdir() if p.is_file()] if place.is_dir() else []
+            near = nearest(given, files)
+            suites = f"name a file of test rows, or a suite: {', '.join(known)}"
+            raise UserError("--suite", given, f"no such file; {near if near.startswith('did') else suites}")
     return parts.build(given, Suite, "--suite")

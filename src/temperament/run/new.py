@@ -39,6 +39,12 @@ OTHER_NAMES = {
     "rlvr": "grpo",
     "ppo": "grpo",
 }
+TAKES = {  # shapes of rows a kind is made for
+    "sft": ("tokenised", "completion", "chat", "sharegpt", "alpaca", "text"),
+    "dpo": ("preference",),
+    "grpo": ("completion", "chat", "sharegpt", "alpaca", "prompt"),
+}
+TAKES["kl-sft"] = TAKES["sft"]
 # parameters of the base up to which a full learning rate of SFT is a gentle beginning
 RATES = ((50e6, 1e-4), (500e6, 5e-5), (3e9, 2e-5), (float("inf"), 1e-5))
 
@@ -56,11 +62,11 @@ def write(
     reward: str = "rewards.exact",
     keep_data: str | None = None,
     seed: int = 0,
+    columns: dict[str, str] | None = None,
 ) -> str:
-    """The text of a recipe.yaml. Raises UserError for an unknown kind, method or reward, with the nearest name."""
-    if kind not in KINDS:
-        hint = f"did you mean {OTHER_NAMES[kind]!r}?" if kind in OTHER_NAMES else nearest(kind, KINDS)
-        raise UserError("temper new", kind, f"no such kind of recipe; {hint}")
+    """The text of a recipe.yaml. Raises UserError for an unknown kind, method or reward, with the nearest name, and for rows
+    of another kind. columns: ours by the file's names, where these differ."""
+    known(kind)
     if steps is not None and epochs is not None:
         raise UserError("--steps", steps, "give either --steps or --epochs")
     for name, value in (("--steps", steps), ("--epochs", epochs), ("--lr", lr), ("--batch", batch)):
@@ -68,8 +74,30 @@ def write(
             raise UserError(name, value, "give a number above 0")
     factor = getattr(type(parts.build(method, Trainable, "--method")), "rate_factor", 1.0)
     size = size_of(base)
-    document = _document(kind, base, data, method, steps, epochs, lr or rate(kind, size, factor), batch, reward, seed)
+    rows = {"path": data} | source_of(kind, data, columns)
+    document = _document(kind, base, rows, method, steps, epochs, lr or rate(kind, size, factor), batch, reward, seed)
     return _heading(kind, size, method) + commented(schema.read(document), document)
+
+
+def known(kind: str) -> None:
+    if kind not in KINDS:
+        hint = f"did you mean {OTHER_NAMES[kind]!r}?" if kind in OTHER_NAMES else nearest(kind, KINDS)
+        raise UserError("temper new", kind, f"no such kind of recipe; {hint}")
+
+
+def source_of(kind: str, data: str, columns: dict[str, str] | None) -> dict[str, Any]:
+    """How a source should read this file, from a look at its first rows; of what is no file here, only what was said."""
+    if not Path(data).expanduser().is_file():
+        return {"columns": columns} if columns else {}
+    from temperament.engine.rows import glance
+
+    shape, columns = glance(data, columns)
+    if shape not in TAKES[kind]:
+        fitting = [k for k in KINDS if shape in TAKES[k]]
+        mend = f"for these there is {' or '.join(f'`temper new {k}`' for k in fitting)}" if fitting else "give other rows"
+        has = f"its rows are of the shape {shape!r}, and {kind} takes {', '.join(TAKES[kind])}"
+        raise UserError("--data", data, f"{has}; {mend}")
+    return {"shape": shape} | ({"columns": columns} if columns else {})
 
 
 def rate(kind: str, size: float | None, factor: float = 1.0) -> float:
@@ -80,9 +108,18 @@ def rate(kind: str, size: float | None, factor: float = 1.0) -> float:
 
 
 def _document(
-    kind: str, base: str, data: str, method: str, steps: Any, epochs: Any, lr: float, batch: Any, reward: str, seed: int
+    kind: str,
+    base: str,
+    data: dict[str, Any],
+    method: str,
+    steps: Any,
+    epochs: Any,
+    lr: float,
+    batch: Any,
+    reward: str,
+    seed: int,
 ) -> dict[str, Any]:
-    rows: dict[str, Any] = {"data.file": {"path": data}}
+    rows: dict[str, Any] = {"data.file": data}
     train: dict[str, Any] = {"source": rows}
     if kind == "grpo":
         train["source"] = {"rollout.sample": {"prompts": rows, "rewards": [reward], "group": 8}}
@@ -193,7 +230,10 @@ def _mapping(value: Any, given: Any, pad: str, lines: list[str]) -> None:
         if mine is None and called in OFFERED:
             _line(f"{pad}# {f.name}: {OFFERED[called]}", helps.get(f.name, ""), lines)
             continue
-        if mine is None and (f.name in HIDDEN or called in HIDDEN or inner is None or inner in ({}, "", [], ())):
+        if mine is None and inner is None and not (f.name in HIDDEN or called in HIDDEN):
+            _line(f"{pad}# {f.name}: null", helps.get(f.name, ""), lines)
+            continue
+        if mine is None and (f.name in HIDDEN or called in HIDDEN or inner in ({}, "", [], ())):
             continue
         _entry(f.name, inner, mine, pad, lines, helps.get(f.name, ""))
 

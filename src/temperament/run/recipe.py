@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import yaml
 
-from temperament.errors import UserError, nearest
+from temperament.errors import Unusable, UserError, nearest
 from temperament.parts import build, fill, index, must_be, plain
 from temperament.protocols import (
     Aide,
@@ -466,9 +466,9 @@ def parse_yaml(text: str, field: str) -> Any:
     ) as problem:  # tags such as !!int x
         reason = " ".join(str(getattr(problem, "problem", None) or problem).split())
         mark = getattr(problem, "problem_mark", None)
-        raise UserError(
-            field, f"line {mark.line + 1}" if mark else text[:60], f"this is no plain YAML ({reason[:160]})"
-        ) from None
+        if mark and "\n" in text.strip():
+            raise Unusable(f"{field}, line {mark.line + 1}", None, f"this is no plain YAML ({reason[:160]})") from None
+        raise UserError(field, text[:60], f"this is no plain YAML ({reason[:160]})") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from temperament.train.checkpoint import write_atomic
 from temperament.train.world import World
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What a recipe left. `json` is run.json."""
 
@@ -43,6 +43,12 @@ class Run:
     state: State
     ledger: Ledger | None
     json: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        said = f", {self.delta.parameters:,} parameters changed" if self.delta is not None else ""
+        return f"Run({str(self.folder)!r}, {self.json.get('status', '?')}, base {self.recipe.base!r}{said})" + (
+            f"\n  {self.ledger.verdict}" if self.ledger else ""
+        )
 
     @property
     def delta(self) -> Delta | None:
@@ -123,7 +129,7 @@ class _Tuning:
             raise
         except KeyboardInterrupt:
             self.close("interrupted", "interrupted")
-            raise Interrupted("Interrupted; finished steps and the last checkpoint are kept. Go on with --resume.") from None
+            raise Interrupted(f"Interrupted; {self.left()}. Go on with --resume.") from None
         except TemperError as problem:
             self.close("failed", str(problem))
             raise
@@ -141,6 +147,13 @@ class _Tuning:
         self.json |= {"status": status, "error": why}
         with suppress(WorkFailed):  # a full disk may be what is being reported
             self.folder.save_run(self.json)
+
+    def left(self) -> str:
+        """What there is to go on with."""
+        steps = "finished steps" if self.json["steps"] else ""
+        saved = "the last checkpoint" if any((self.folder.path / "checkpoints").glob("*/step-*")) else ""
+        kept = " and ".join(filter(None, (steps, saved)))
+        return f"{kept} {'are' if steps else 'is'} kept" if kept else "no step was finished yet"
 
     def prepare(self) -> None:
         """Load the base, ask the suites for their skills, plan, check exactness on this model and data."""

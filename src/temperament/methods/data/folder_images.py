@@ -8,7 +8,7 @@ from typing import Literal
 from temperament.engine.encoded import Encoded
 from temperament.engine.examples import Captioned, Origin
 from temperament.engine.rows import BadRow, Rows, fingerprint, read_rows
-from temperament.errors import UserError
+from temperament.errors import Unusable, UserError
 from temperament.parts import part
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -55,7 +55,7 @@ class FolderImages:
                 good.append(replace(example, image=str(file)))
         if bad and (self.on_bad == "stop" or not good):
             mend = f"{bad[0].reason} ({len(bad)} of {len(rows) + len(rows.bad)} rows bad); mend it, or say on_bad: skip"
-            raise UserError(str(bad[0].origin), "an image that cannot be used", mend)
+            raise Unusable(str(bad[0].origin), "an image that cannot be used", mend)
         named = {e.image for e in good} | {str((folder / e.image).resolve()) for e in rows if isinstance(e.image, str)}
         unnamed = sorted(str(p.relative_to(folder)) for p in _images(folder) if str(p.resolve()) not in named)
         notes = [f"{len(unnamed)} images have no caption and are not used, e.g. {unnamed[0]}"] if unnamed else []
