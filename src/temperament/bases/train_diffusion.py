@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from temperament.bases.load import Base
+from temperament.bases.load import Base, load
 from temperament.bases.worlds import sprites
 from temperament.engine.denoise import Denoiser, Sampler, denoise
 from temperament.nn import draws
@@ -182,9 +182,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--rate", type=float, default=Plan.rate)
     parser.add_argument("--out", type=Path, default=LAB)
+    parser.add_argument("--go-on", action="store_true", help="from the weights that lie in --out, with draws of its own")
     given = parser.parse_args()
-    plan = Plan(minutes=given.minutes, steps=given.steps, rate=given.rate)
-    base = fresh(given.kind, plan.seed)
+    plan = Plan(minutes=given.minutes, steps=given.steps, rate=given.rate, seed=int(given.go_on))
+    base = load(given.out / given.kind) if given.go_on else fresh(given.kind, plan.seed)
     folder = given.out / given.kind
 
     def tell(line: str, found: dict[str, float]) -> None:
