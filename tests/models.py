@@ -232,6 +232,8 @@ MODELS: dict[str, Tiny] = {
         Tiny("roberta", _build("RobertaForMaskedLM", "Roberta", **BERT, vocab_size=VOCAB, max_position_embeddings=64), _text,
              "masked", (("encoder", 2),)),
         Tiny("vit", _build("ViTForImageClassification", "ViT", **VISION, num_labels=5), _pixels(16), None, (("vision", 2),)),
+        Tiny("resnet", _build("ResNetForImageClassification", "ResNet", embedding_size=4, hidden_sizes=[8, 16], depths=[1, 1],
+             layer_type="basic", num_labels=5), _pixels(16), None, (("vision", 2),)),
         Tiny("clip", _clip("CLIP"), lambda rng: {**_text(rng), **_pixels(16)(rng)}, None, (("text", 2), ("vision", 2))),
         Tiny("siglip", _clip("Siglip"), lambda rng: {**_text(rng), **_pixels(16)(rng)}, None, (("text", 2), ("vision", 2))),
         Tiny("ast", _build("ASTForAudioClassification", "AST", **BERT, patch_size=4, num_mel_bins=8, max_length=12,

@@ -9,8 +9,11 @@ from models import MODELS, VOCAB
 from torch import Tensor
 
 from temperament import parts
+from temperament.bases.image_settings import ImageSettings
 from temperament.bases.load import Base
-from temperament.nn.batch import Pairs, Rollout, Steps, Tokens
+from temperament.bases.train_vision import tokenizer
+from temperament.bases.worlds import sprites
+from temperament.nn.batch import Images, Pairs, Rollout, Steps, Tokens
 from temperament.nn.policy import Policy, PolicyConfig
 from temperament.protocols import Progress
 from temperament.train.context import Context
@@ -97,7 +100,27 @@ def steps(rows: int = 5, length: int = 9) -> Steps:
     )
 
 
-BATCHES = {"Tokens": tokens, "Pairs": pairs, "Rollout": rollout, "Steps": steps}
+def seeing(name: str = "vit") -> Base:
+    """A base of random weights that takes pictures of 16x16: "vit", "resnet" (its BatchNorm away from its start) or "clip"."""
+    model = MODELS[name].build(seed())
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.2, 0.2, generator=rng()), m.running_var.uniform_(0.5, 2.0, generator=rng())
+    processors = {"image": ImageSettings({"size": 16, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.25]})}
+    if name == "clip":
+        return Base("tiny/clip", {"encoder": model}, processors | {"tokenizer": tokenizer()})
+    return Base(f"tiny/{name}", {"image_encoder": model}, processors)
+
+
+def images(rows: int = 5) -> Images:
+    """Noise, with labels of five classes and captions of which some come twice."""
+    said = [s.caption() for s in sprites.scenes("train", rows, seed())]
+    said = [said[i // 2] if i % 4 == 1 else c for i, c in enumerate(said)]
+    pixels, labels = torch.rand(rows, 3, 16, 16, generator=rng()), torch.randint(0, 5, (rows,), generator=rng())
+    return Images(pixels, torch.randint(0, 1 << 20, (rows,), generator=rng()), labels, said)
+
+
+BATCHES = {"Tokens": tokens, "Pairs": pairs, "Rollout": rollout, "Steps": steps, "Images": images}
 
 
 def views(it: Live, micro: int = 8) -> Views:

@@ -192,6 +192,14 @@ class Held(Protocol):
     must: ClassVar = ("held", "read", "encoding", "called")
 
 
+class Pictured(Protocol):
+    """Pictures of named classes: `classes(base) -> list[str]`, the names behind its labels; `held(base) -> list[Picture]`
+    (engine/pictures.py), those it keeps out of training; `called`, the name of what they ask."""
+
+    rooms: ClassVar = ("data",)
+    must: ClassVar = ("classes", "held", "called")
+
+
 class Builder(Protocol):
     """A `build` step: makes a data set, models in the loop. `make(ctx) -> Iterable[item | Rejection]`; provenance is kept."""
 

@@ -16,6 +16,8 @@ TABLE: dict[str, list[dict]] = {
     "optim.adamw": [{"lr": 0.05}, {"lr": 0.05, "betas": [0.8, 0.9], "weight_decay": 0.01}],
     "optim.sgd": [{"lr": 0.2}, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.001}],
     "objectives.sft.cross_entropy": [{}, {"per": "example"}],
+    "objectives.classify.cross_entropy": [{}, {"label_smoothing": 0.2}],
+    "objectives.contrastive.clip": [{}],
     "objectives.preference.dpo": [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"reference": "base"}],
     "objectives.preference.ipo": [{}, {"beta": 0.5}, {"reference": "base"}],
     "objectives.policy.grpo": [
@@ -37,6 +39,7 @@ TABLE: dict[str, list[dict]] = {
     "regularizers.kl": [{}, {"direction": "forward", "weight": 0.7}, {"version": "start"}],
     "adapters.lora": [{"rank": 3}, {"rank": 2, "alpha": 3.0, "rank_stabilised": True}, {"rank": 64}],
     "adapters.mixlora": [{"experts": 3, "rank": 2}],
+    "adapters.class_head": [{"classes": ["a", "b", "c"]}, {"of": "data.digits", "name": "digits", "gain": 1.0}],
     "adapters.value_head": [{}, {"name": "right"}, {"hidden": 8}],
     "adapters.residual_policy": [{}, {"width": 8, "scale": 0.5, "gain": 0.01}],
     "adapters.copilot": [{}, {"layers": 3, "factor": 5.0, "keep": 2}],
@@ -92,7 +95,13 @@ TABLE: dict[str, list[dict]] = {
     "data.mix": [
         {"sources": [{"data.file": {"path": "FILE"}}, {"data.lab": {"skills": ["copy"], "rows": 9}}], "weights": [3.0, 1.0]}
     ],
-    "data.folder_images": [{"path": "FOLDER"}],
+    "data.folder_images": [{"path": "FOLDER"}, {"path": "FOLDER", "holdout": 0.3, "limit": 20}],
+    "data.sprites": [
+        {"rows": 23},
+        {"label": "colour", "rows": 9, "domain": "fog", "subjects": [1, 2]},
+        {"figures": 3, "rows": 9, "domain": "shifted"},
+    ],
+    "data.digits": [{"rows": 23}],
     "data.self_play": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}}],
     "data.best_of_k": [{"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "k": 2}],
     "data.corrections": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "first": "wrong"}],
@@ -125,6 +134,7 @@ TABLE: dict[str, list[dict]] = {
         {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}
     ],
     "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
+    "evaluate.pictures": [{}, {"factors": ["colour"], "items": 3}, {"of": "data.digits", "role": "retained"}],
     "evaluate.control": [{"target": "insert"}, {"retained": ["lift"], "items": 3}],
     "evaluate.file": [{"data": {"data.file": {"path": "FILE"}}}],
     "evaluate.keep": [{"items": 4, "length": 5}],

@@ -60,7 +60,7 @@ def test_a_part_fills_the_slots_of_its_room_and_no_other(name, options):
         else:
             with pytest.raises(parts.UserError):
                 parts.build({name: options}, slot)
-    assert taken or name == "data.folder_images", "no slot takes it"  # (its source comes with the image objectives)
+    assert taken, "no slot takes it"
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------------

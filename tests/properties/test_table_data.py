@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties.table import variants
-from tiny import context, live, seed, shake, tiny, write_rows
+from tiny import context, live, seed, seeing, shake, tiny, write_rows
 
-from temperament import parts
+from temperament import parts, protocols
 from temperament.bases import worlds
 from temperament.bases.load import load
 from temperament.engine.responses import judged
@@ -34,11 +34,28 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pictures(tmp_path_factory):
+    """A folder of two classes of pictures."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(30):
+        (folder / ("one", "two")[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (12, 9), (8 * i, 99, 255 - 8 * i)).save(folder / ("one", "two")[i % 2] / f"{i}.png")
+    FOLDER.append(str(folder))
+
+
+FOLDER = []
+
+
 def filled(value, path):
-    """The table's FILE is a file of this test."""
+    """The table's FILE is a file of this test, its FOLDER a folder of pictures."""
     if isinstance(value, dict):
         return {k: filled(v, path) for k, v in value.items()}
-    return [filled(v, path) for v in value] if isinstance(value, list) else path if value == "FILE" else value
+    if isinstance(value, list):
+        return [filled(v, path) for v in value]
+    return path if value == "FILE" else FOLDER[-1] if value == "FOLDER" else value
 
 
 def equal(a, b) -> bool:
@@ -48,13 +65,15 @@ def equal(a, b) -> bool:
 
 
 SOURCES = [p for p in variants("data") if hasattr(parts.get(p.values[0]), "open")]
-TEXTS = [p for p in SOURCES if "control" not in parts.get(p.values[0]).part_modalities]
+TEXTS = [p for p in SOURCES if "text" in parts.get(p.values[0]).part_modalities]
+SEEN = [p for p in SOURCES if "image" in parts.get(p.values[0]).part_modalities]
 
 
 @pytest.mark.parametrize("name, options", SOURCES)
 def test_a_batch_is_a_function_of_seed_and_step(base, rows, name, options):
     source, s = parts.build({name: filled(options, rows)}), seed()
-    base = base if "control" not in source.part_modalities else load("lab/policy")
+    base = load("lab/policy") if "control" in source.part_modalities else base
+    base = seeing() if "image" in source.part_modalities else base
     open_ = lambda s: source.open(context(base, seed=s, batch=4))
     one, two, other = open_(s), open_(s), open_(s + 1)
     steps = random.sample(range(20), 8)
@@ -76,6 +95,24 @@ def test_an_epoch_sees_every_row_once(base, rows, name, options):
         for e in stream.batch(k, None).examples[:, 0].tolist()
     ]
     assert sorted(again) == sorted(seen) and again != seen  # the next epoch in another order
+
+
+@pytest.mark.parametrize("name, options", SEEN)
+def test_pictures_once_an_epoch_and_none_that_is_held_out(name, options):
+    base, source = seeing(), parts.build({name: filled(options, "")})
+    stream = source.open(context(base, batch=1))
+    classes, held = source.classes(base), source.held(base)
+    seen = [stream.batch(k) for k in range(stream.steps_per_epoch)]
+    assert sorted(int(b.examples) for b in seen) == list(range(len(stream.pictures)))
+    pixels = lambda p: p.pixels((16, 16)).numpy().tobytes()
+    assert sorted(b.pixels[0].numpy().tobytes() for b in seen) == sorted(pixels(p) for p in stream.pictures)
+    assert all(b.pixels.shape == (1, 3, 16, 16) and 0 <= b.pixels.min() and b.pixels.max() <= 1 for b in seen)
+    assert {int(b.labels) for b in seen} <= set(range(len(classes))) and len({int(b.labels) for b in seen}) > 1
+    assert not {pixels(p) for p in held} & {pixels(p) for p in stream.pictures} and held
+    assert all(0 <= p.label < len(classes) and p.caption for p in [*held, *stream.pictures])
+    suites = [parts.build(s, protocols.Suite) for s in source.suites()]
+    skills = [s for suite in suites for s in suite.skills(SimpleNamespace(base=base, items=7))]
+    assert [s.role for s in skills] == ["target"] and [p.id for p in skills[0].pictures] == [p.id for p in held[:7]]
 
 
 def test_lab_rows_are_never_test_items(base):

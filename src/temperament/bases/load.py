@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament import parts
+from temperament.bases.image_settings import image_settings
 from temperament.bases.kept import Kept, kept
 from temperament.bases.pipeline import fetched, is_pipeline, read_pipeline
 from temperament.delta import Addition, Delta, identity
@@ -34,6 +35,8 @@ from temperament.errors import UserError, nearest
 from temperament.nn.pieces import Switch, attach
 
 LAB = Path(__file__).parent / "lab"
+# What shows that a lab base knows what it is meant to know, by the component it has; of the others, evaluate.lab.
+MEANT = {"policy": "evaluate.control", "denoiser": "evaluate.renders", "image_encoder": "evaluate.pictures", "encoder": "evaluate.pictures"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,6 +65,8 @@ class Base:
         """sha256 of what decides how these weights are used: configuration, precision, tokenizer and its chat template. Scores
         and steps are addressed by it beside the weights."""
         told = [{n: _settings(m) for n, m in self.components.items()}, _words(self.tokenizer)]
+        if (pictures := self.processors.get("image")) is not None:
+            told.append({n: getattr(pictures, n, None) for n in ("size", "crop_size", "image_mean", "image_std")})
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -197,8 +202,7 @@ def load(
     for module in base.components.values():
         module.to(device).eval()
     if spec.startswith("lab/"):
-        suites = {"policy": "evaluate.control", "denoiser": "evaluate.renders"}
-        base.suites = [suites.get(next(iter(base.components)), "evaluate.lab")]
+        base.suites = [next((MEANT[c] for c in base.components if c in MEANT), "evaluate.lab")]
     if version:
         _load_version(base, folder / "versions" / version / "model.safetensors")
         base = _own(base, spec, dtype, field)
@@ -306,7 +310,9 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
             f"{mend} ({first}); name a folder with config.json and safetensors, a lab base or a reachable Hugging Face id",
         ) from None
     _whole(model, told, spec, field)
-    processors = {}
+    processors: dict[str, Any] = {}
+    if (pictures := image_settings(source, folder, field)) is not None:
+        processors["image"] = pictures
     try:
         processors["tokenizer"] = AutoTokenizer.from_pretrained(source, **options)
     except Exception as problem:
@@ -375,11 +381,16 @@ def _stored(folder: Path) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == most), "fp32")
 
 
+DUAL = ("CLIPModel",)  # an image encoder and a text encoder in one space, loaded as one component
+
+
 def _model_class(config: Any, transformers: Any) -> tuple[type, str]:
     """The class that carries a loss for this configuration, and the component's name."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if config.is_encoder_decoder and "Whisper" not in architecture:
         return transformers.AutoModelForSeq2SeqLM, "lm"
+    if architecture in DUAL:
+        return transformers.AutoModel, "encoder"
     if "MaskedLM" in architecture:
         return transformers.AutoModelForMaskedLM, "encoder"
     if "ImageClassification" in architecture:

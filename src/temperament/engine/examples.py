@@ -8,7 +8,7 @@
     chat         messages                                                        Chat
     sharegpt     conversations, of from/value or of role/content [+ system]      Chat
     alpaca       instruction + output [+ input, system, history]                 Chat
-    captioned    image or file_name, + text                                      Captioned
+    captioned    image or file_name, + text or label                             Captioned
     text         text                                                            Text
     prompt       prompt, and whatever a reward wants to see                      Prompt
 
@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from temperament.errors import nearest
@@ -107,6 +108,7 @@ class Prompt(Example):
 class Captioned(Example):
     image: Any  # a path, or what `datasets` decoded
     text: str
+    label: str = ""  # its class, where it has one
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def question(example: Example) -> str:
         asked = example.messages[:last]
     elif isinstance(example, Tokenised):
         asked = example.ids
+    elif isinstance(example, Captioned) and example.label and isinstance(example.image, str):
+        asked = "/".join(Path(example.image).parts[-2:])  # a picture of a class is its own question
     elif isinstance(example, Text | Captioned):
         asked = example.text
     else:
@@ -294,7 +298,11 @@ def _captioned(row):
     image = row.get("image", row.get("file_name"))
     if image is None:
         raise Unfit("column 'image' is missing")
-    return Captioned(image, _string(row, "text"))
+    label = row.get("label")
+    if isinstance(label, bool) or not isinstance(label, str | int | None):
+        raise Unfit(f"column 'label' is {_kind(label)}, not the name or number of a class")
+    label = "" if label is None else str(label).strip()
+    return Captioned(image, _string(row, "text") if "text" in row or not label else label, label)
 
 
 def _chat(row):
@@ -503,7 +511,7 @@ SHAPES: dict[str, Shape] = {  # the first that fits is taken
     "chat": Shape(("messages",), (), _chat),
     "sharegpt": Shape(("conversations",), ("system",), _sharegpt),
     "alpaca": Shape(("instruction", "output"), ("input", "system", "history"), _alpaca),
-    "captioned": Shape((("image", "file_name"), "text"), (), _captioned),
+    "captioned": Shape((("image", "file_name"), ("text", "label")), (), _captioned),
     "text": Shape(("text",), (), _text),
     "prompt": Shape(("prompt",), (), _prompt),
 }  # fmt: skip

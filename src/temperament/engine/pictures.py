@@ -29,13 +29,15 @@ from temperament.nn.batch import Images
 
 @dataclass(frozen=True)
 class Picture:
-    """image: (3, H, W) float32 in 0..1, or the path of a file. label: its class in the base's numbering, -1 for none."""
+    """image: (3, H, W) float32 in 0..1, or the path of a file. label: its class in the source's numbering, -1 for none.
+    alternatives: what could be said of it, one caption a class: what a model of pictures and words chooses among."""
 
     image: Any
     caption: str = ""
     label: int = -1
     id: str = ""
     prior: bool = False  # made by the base itself
+    alternatives: tuple[str, ...] = ()
 
     def pixels(self, size: tuple[int, int]) -> Tensor:
         """(3, H, W) in 0..1, of this size."""
@@ -121,6 +123,13 @@ def images(rows: Sequence[tuple[int, Picture]], size: tuple[int, int]) -> Images
         [p.caption for p in some],
         torch.tensor([p.prior for p in some]),
     )
+
+
+def thumbnail(pixels: Tensor, side: int = 96) -> Tensor:
+    """No larger than a report has room for."""
+    height, width = pixels.shape[1:]
+    small = side / max(height, width)
+    return pixels if small >= 1 else _fitted(pixels, (max(round(height * small), 1), max(round(width * small), 1)))
 
 
 def png(pixels: Tensor) -> str:

@@ -234,10 +234,13 @@ class Places:
         return self.only(lambda p: p.category in categories)
 
     def linear(self) -> Places:
-        """All linear maps in blocks, what PEFT calls all-linear: no heads, embeddings, routers or connectors between models."""
+        """All linear maps in blocks, what PEFT calls all-linear: no heads, embeddings, routers or connectors between models.
+        Of a network whose blocks hold convolutions alone, those."""
         blocked = any(p.depth is not None for p in self._whole)
-        return self.only(lambda p: p.kind in ("linear", "conv1d") and p.category not in ("head", "embedding")
-                         and p.role != "router" and (p.depth is not None or not blocked))
+        inner = lambda p, *kinds: (p.kind in kinds and p.category not in ("head", "embedding")
+                                   and p.role != "router" and (p.depth is not None or not blocked))  # fmt: skip
+        kinds = ("linear", "conv1d") if any(inner(p, "linear", "conv1d") for p in self._whole) else ("conv",)
+        return self.only(lambda p: inner(p, *kinds))
 
     def match(self, targets: str | Iterable[str], field: str = "targets") -> Places:
         """Places named by any of `targets`: "all", "all-linear", a role, a category, a path or its last parts ("q_proj",

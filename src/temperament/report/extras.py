@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,12 +91,11 @@ def images(found: Any, budget: int) -> dict[str, Any] | None:
     """Pairs of pictures, raster data URIs only, until the budget is spent; what was left out is counted."""
     rows = found.get("items") if isinstance(found, Mapping) else found
     good, left, total = [], budget, 0
-    uri = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+\Z")
     for row in rows or []:
         if not isinstance(row, Mapping):
             continue
         total += 1
-        pair = [row.get(k) if isinstance(row.get(k), str) and uri.match(row[k]) else None for k in ("before", "after")]
+        pair = [show.picture(row.get(k)) for k in ("before", "after")]
         cost = sum(len(p) for p in pair if p)
         if any(pair) and cost <= left:
             left -= cost

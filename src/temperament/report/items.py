@@ -19,6 +19,7 @@ from temperament.report.show import clip
 
 ORDER = ("lost", "wanted", "gained", "kept", "missed", None)  # wanted: missed, of a target
 FIELDS = ("prompt", "expected", "before", "after")
+PICTURES = ("image", "image_before", "image_after")  # of what was asked; or what each made
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def pick(
             row = {"skill": show.name(skill), "status": _called(state), "id": item.get("id", "")}
             row |= {f: None if item.get(f) is None else clip(item[f], text) for f in FIELDS}
             row |= {f: item.get(f) for f in ("score_before", "score_after")}
-            cost = 700 + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
+            row |= {f: show.picture(item.get(f)) for f in PICTURES}
+            cost = 700 + sum(len(row[f] or "") for f in PICTURES) + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
             if cost > room or count <= 0:
                 break
             room, left, count = room - cost, left - cost, count - 1

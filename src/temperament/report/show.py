@@ -124,3 +124,11 @@ def brief(x: float | None) -> str:
 def _short(x: float) -> str:
     text = f"{x:.0f}" if abs(x) >= 10 or abs(x - round(x)) < 0.05 else f"{x:.1f}"
     return "0" if text in ("-0", "0.0", "-0.0") else text.replace("-", MINUS)
+
+
+def picture(uri: Any) -> str | None:
+    """A raster picture as a data: address, or nothing."""
+    return uri if isinstance(uri, str) and RASTER.match(uri) else None
+
+
+RASTER = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+\Z")

@@ -26,7 +26,7 @@ from torch import nn
 from temperament import parts
 from temperament.bases.load import Base
 from temperament.errors import TemperError, UserError
-from temperament.nn.batch import Batch, Rollout, Tokens
+from temperament.nn.batch import Batch, Images, Rollout, Tokens
 from temperament.protocols import Progress
 from temperament.run import laws
 from temperament.run.laws import Law
@@ -132,7 +132,7 @@ def _player_laws(
     split = coupled or next(
         (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
     )
-    tokens = next(iter(token_fields(rows)), None)
+    tokens = rows if isinstance(rows, Images) else next(iter(token_fields(rows)), None)
     with laws.perturbed(player, seed):
         rows = _unlike(rows, player) if isinstance(rows, Rollout) else rows
         for earlier in players[: players.index(player)]:  # what their objectives fill into a batch, this one may read

@@ -22,6 +22,8 @@ from temperament.delta import Delta, LowRank, between
 from temperament.delta.certificate import certify, compare
 from temperament.delta.files import atomic_folder
 from temperament.delta.peft_write import task_type, write_peft
+from temperament.engine import see
+from temperament.engine.pictures import size_of
 from temperament.errors import UserError, WorkFailed, nearest
 from temperament.nn import draws
 from temperament.run.artefacts import Folder
@@ -114,8 +116,9 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged", dtype:
     """Write base + delta to a new folder and certify it."""
     of_form(as_, dtype)
     free(to)
-    if base.tokenizer is None and not hasattr(getattr(base.model, "config", None), "vocab_size"):
-        mend = "only language models can be reloaded and compared; the change itself lies in the run's folder delta/"
+    speaks = base.tokenizer is not None or hasattr(getattr(base.model, "config", None), "vocab_size")
+    if not speaks and not see.names_pictures(base):
+        mend = "it can not be reloaded and compared; the change itself lies in the run's folder delta/"
         raise UserError("run", base.id, mend)
     if as_ == "delta":
         replace(delta, meta={**delta.meta, "on": base.id}).save(to)
@@ -141,8 +144,8 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged", dtype:
         base.apply(delta)
         try:
             write_model(base.model, new, dtype)
-            if base.tokenizer is not None:
-                base.tokenizer.save_pretrained(new)
+            for processor in base.processors.values():
+                processor.save_pretrained(new)
         finally:
             base.reset()
     return certify_and_record(base, delta, to, as_, dtype)
@@ -183,16 +186,14 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str 
     base.reset()
     base.apply(delta)
     try:
-        inputs = {
-            "input_ids": draws.randint(
-                base.model.config.vocab_size, 0, "certificate", 0, torch.arange(2)[:, None], torch.arange(24)[None]
-            )
-        }
+        inputs = _question(base)
         with torch.no_grad():
-            expected = base.model(**inputs).logits
+            out = base.model(**inputs)
+            expected = getattr(out, "logits", out[0])
         if as_ == "merged":
             with rounded(base.model, dtype), torch.no_grad():
-                stored = base.model(**inputs).logits
+                out = base.model(**inputs)
+                stored = getattr(out, "logits", out[0])
             how = {"live": base.model, "processor": base.tokenizer, "model_class": _auto_class(base)}
             certificate = certify(to, inputs, stored, compute=str(expected.dtype).removeprefix("torch."), **how)
             certificate |= {"dtype": dtype, "rounding": compare(stored, expected)}
@@ -209,6 +210,18 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str 
     return certificate
 
 
+def _question(base: Base) -> dict[str, torch.Tensor]:
+    """What the live model and the reloaded one are both asked."""
+    asked, rows = {}, torch.arange(2)
+    if see.names_pictures(base):
+        asked["pixel_values"] = draws.normal(0, "certificate", 0, rows, (3, *size_of(base)))
+    if base.tokenizer is not None or "pixel_values" not in asked:
+        text = base.model.config.get_text_config()
+        length = torch.arange(min(24, getattr(text, "max_position_embeddings", None) or 24))
+        asked["input_ids"] = draws.randint(text.vocab_size, 0, "certificate", 0, rows[:, None], length[None])
+    return asked
+
+
 def reloaded(base: str, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
     """In the fresh process: the base by its name, with what is in the folder on it."""
     found = load(base, own=True)
@@ -217,9 +230,11 @@ def reloaded(base: str, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
 
 
 def _auto_class(base: Base) -> str:
-    return {"encoder": "AutoModelForMaskedLM"}.get(
-        next(iter(base.components)), "AutoModelForSeq2SeqLM" if base.model.config.is_encoder_decoder else "AutoModelForCausalLM"
-    )
+    if see.dual(base):
+        return "AutoModel"
+    named = {"encoder": "AutoModelForMaskedLM", "image_encoder": "AutoModelForImageClassification"}
+    written = "AutoModelForSeq2SeqLM" if base.model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    return named.get(next(iter(base.components)), written)
 
 
 __all__ = ["as_peft", "certify_and_record", "delta_of", "export", "export_delta", "save_delta"]

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from temperament.engine import see
+from temperament.engine.pictures import size_of
 from temperament.nn import forward, logprobs
-from temperament.nn.batch import Batch, Rollout, Tokens
+from temperament.nn.batch import Batch, Images, Rollout, Tokens
 from temperament.nn.draws import generator
 from temperament.protocols import Progress
 from temperament.run.layouts import documents, padded, repacked, room, token_fields
@@ -172,7 +174,9 @@ def gradient_laws(
         )
     else:
         yield not_asked("rows together = one by one", "the source gives one row at a time")
-    if more := room(model, batch, 5):
+    if isinstance(batch, Images):
+        yield not_asked("padding", "pictures are of one size")
+    elif more := room(model, batch, 5):
         yield compared("padding", whole, gradient(player, objective, padded(batch, more), n), tolerance, f"{more} more columns")
     else:
         yield not_asked("padding", "the rows fill all positions of this model")
@@ -183,6 +187,10 @@ def gradient_laws(
 def rounding(player: Player, objective: Any, batch: Batch, whole: tuple[Gradient, float]) -> float:
     """How far the gradient moves when every input embedding is moved by one rounding: the noise of this gradient."""
     model, world = player.live.model, player.views.world
+    if isinstance(batch, Images):  # of every pixel, then
+        sign = torch.randint(0, 2, batch.pixels.shape, generator=generator(0, "check/rounding")) * 2 - 1
+        moved = replace(batch, pixels=batch.pixels * (1 + torch.finfo(batch.pixels.dtype).eps * sign))
+        return distance(whole[0], gradient(player, objective, moved, len(batch))[0])[0]
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = table.weight if table is not None else next(p for p in model.parameters() if p.is_floating_point())
     eps = torch.finfo(weight.dtype).eps
@@ -265,14 +273,21 @@ def _never_small() -> Iterator[None]:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, tokens: Tokens) -> Tensor:
+def logits(model: nn.Module, rows: Tokens | Images, base: Any) -> Tensor:
     with forward.measuring(model):
-        return model(**forward.inputs(model, tokens)).logits.float()
+        if isinstance(rows, Images):
+            return see.said(model, base, rows).float()
+        return model(**forward.inputs(model, rows)).logits.float()
 
 
-def probe(base: Any) -> tuple[Tokens, Tensor] | None:
-    """(a row of ordinary tokens, the pure base's logits of it); None where the base is no language model."""
+def probe(base: Any) -> tuple[Tokens | Images, Tensor] | None:
+    """(a row of ordinary tokens or of noise, what the pure base makes of it); None where the base takes neither."""
     model = base.model
+    if see.names_pictures(base):
+        pixels = torch.rand(2, 3, *size_of(base), generator=generator(0, "check/pixels")).to(forward.device_of(model))
+        rows = Images(pixels, torch.arange(2), captions=["one", "another"] if base.tokenizer is not None else None)
+        with base.at("base"):
+            return rows, logits(model, rows, base)
     if (
         not hasattr(getattr(model, "config", None), "get_text_config")
         or forward.kind(model) != "decoder"
@@ -282,23 +297,23 @@ def probe(base: Any) -> tuple[Tokens, Tensor] | None:
     ids = torch.tensor([forward.ordinary_ids(model)], device=forward.device_of(model))
     tokens = Tokens(ids, torch.ones(ids.shape), torch.zeros_like(ids), torch.zeros_like(ids))
     with base.at("base"):
-        return tokens, logits(model, tokens)
+        return tokens, logits(model, tokens, base)
 
 
 @torch.no_grad()
 def version_laws(
-    player: Player, rows: Tokens, before: tuple[Tokens, Tensor], ties: list[tuple[str, ...]], tolerance: float
+    player: Player, rows: Tokens | Images, before: tuple[Tokens | Images, Tensor], ties: list[tuple[str, ...]], tolerance: float
 ) -> Iterator[Law]:
     """before: `probe` of the base before anything was attached. The trained values must be away from their start."""
     live, base, (tokens, of_base) = player.live, player.live.base, before
     apart = lambda x, y: float((x - y).abs().max()) / (float(y.abs().max()) or 1.0)
     with live.at("base") as model:
-        yield Law("off = base", apart(logits(model, tokens), of_base), 0.0, "bit for bit")
+        yield Law("off = base", apart(logits(model, tokens, base), of_base), 0.0, "bit for bit")
     with live.at("start") as model:
         marked = "start" in live.versions  # an adapter that moved weight into itself is the base up to rounding
         yield Law(
             "start = base",
-            apart(logits(model, tokens), of_base),
+            apart(logits(model, tokens, base), of_base),
             tolerance if marked else 0.0,
             "the version `start` before the first step",
         )
@@ -309,13 +324,13 @@ def version_laws(
     if kept:
         yield not_asked("merged = unmerged", f"what this adds merges {' and '.join(kept)}")
         return
-    on = logits(live.model, rows)
+    on = logits(live.model, rows, base)
     with live.at("base") as model:
-        moved = apart(logits(model, rows), on)
+        moved = apart(logits(model, rows, base), on)
     with live.at("base") as model, delta.applied(base.components):
         yield Law(
             "merged = unmerged",
-            apart(logits(model, rows), on),
+            apart(logits(model, rows, base), on),
             tolerance,
             f"after a change that moves logits by {moved:.2g} of their size",
         )

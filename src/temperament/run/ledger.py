@@ -95,6 +95,7 @@ class Ledger:
                     "score_after": b.score if b else None,
                     "status": status(new or old, a, b),
                 }
+                | _pictures(a, b)
             )
         return out
 
@@ -167,6 +168,13 @@ class Ledger:
             raise UserError("ledger", "a summary without rows", mend)
         rows = {row: {s: _result(r) for s, r in results.items()} for row, results in data["rows"].items()}
         return cls(rows, dict(data.get("learned", {})))
+
+
+def _pictures(before: Outcome | None, after: Outcome | None) -> dict[str, str]:
+    """`image`, of what was asked; or where each made its own, `image_before` and `image_after`."""
+    a, b = (o.extra.get("image") if o else None for o in (before, after))
+    named = {"image": a or b} if a == b or not (before and after) else {"image_before": a, "image_after": b}
+    return {k: v for k, v in named.items() if v}
 
 
 def _result(data: Mapping[str, Any]) -> SkillResult:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from temperament.bases.image_settings import image_settings
 from temperament.bases.load import Base
 from temperament.errors import TemperError
 from temperament.nn.batch import Batch, Rollout, Tokens
@@ -141,7 +142,7 @@ def shapes(recipe: Recipe) -> Base:
     kind, component = _model_class(config, transformers)
     with META:
         model = kind.from_config(config, dtype=DTYPES[recipe.precision.master])
-    processors = {}
+    processors = {"image": found} if (found := image_settings(source, locate(recipe.base))) is not None else {}
     with contextlib.suppress(Exception):
         processors["tokenizer"] = transformers.AutoTokenizer.from_pretrained(source)
     return Base(recipe.base, {component: model.eval()}, processors, sha256={component: "shapes"})

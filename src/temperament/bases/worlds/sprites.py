@@ -239,3 +239,20 @@ def vocabulary() -> list[str]:
     """Every word of captions and edits, in a fixed order."""
     words = ["a", "and", "at", "the", "on", "put", "it", "move", "to", "make", "left", "right", "top", "bottom", "sprite"]
     return [*words, *COLOURS, *TEXTURES, *SHAPES, *BACKGROUNDS]
+
+
+FACTORS = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "texture": TEXTURES, "place": tuple(PLACES),
+           "background": tuple(BACKGROUNDS)}  # fmt: skip
+
+
+def value(scene: Scene, factor: str) -> str:
+    """Of a factor, in the first subject or the background."""
+    return scene.background if factor == "background" else getattr(scene.subjects[0], factor)
+
+
+def alternatives(scene: Scene, factor: str) -> tuple[list[str], int]:
+    """Captions of this scene with each value of one factor, in the order of FACTORS, and which of them is true."""
+    first, rest = scene.subjects[0], scene.subjects[1:]
+    put = lambda v: replace(scene, **{factor: v}) if factor == "background" else replace(
+        scene, subjects=(replace(first, **{factor: v}), *rest))  # fmt: skip
+    return [put(v).caption() for v in FACTORS[factor]], FACTORS[factor].index(value(scene, factor))

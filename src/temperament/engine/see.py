@@ -1,0 +1,165 @@
+"""Calling a model on pictures: what it calls them, and what it makes of them before it names anything.
+
+    logits(model, base, pixels)                 (rows, classes) of the base's own head
+    logits(model, base, pixels, head="digits")  of a head that was added to it (nn/classes.py)
+    features(model, base, pixels)               (rows, width) pooled: what heads read
+    image_features, text_features               (rows, width) on the unit sphere, of a dual encoder (CLIP)
+    fits(model, base, pixels, captions)         (rows, k): the logit of each of a picture's k captions
+
+pixels (rows, 3, H, W) in 0..1. `model` is a module or a view of one; ViTs, residual networks and CLIP are called alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from temperament.engine.pictures import normalised
+from temperament.errors import UserError, nearest
+from temperament.nn import forward
+from temperament.nn.batch import Images
+from temperament.nn.classes import heads
+from temperament.nn.forward import Model
+
+
+def dual(base: Any) -> bool:
+    """Has it an image encoder and a text encoder in one space?"""
+    return all(hasattr(base.model, f"get_{side}_features") for side in ("image", "text"))
+
+
+def own_classes(base: Any) -> list[str]:
+    """What the base's own head tells apart, in its order; none where it has no such head."""
+    if _classifier(base.model) is None:
+        return []
+    named = base.model.config.id2label
+    return [str(named[i]) for i in sorted(named)]
+
+
+def head_for(model: Model, base: Any, classes: Sequence[str]) -> str | None:
+    """The head that tells exactly these classes apart: the name of the newest one added, "" for the base's own, None."""
+    found = [name for name, head in heads(model).items() if list(head.classes) == list(classes)]
+    return found[-1] if found else "" if own_classes(base) == list(classes) else None
+
+
+def _classifier(module: nn.Module) -> nn.Module | None:
+    """Where a classifier of pictures keeps its head: what it is given are the pooled features."""
+    found = getattr(module, "classifier", None)
+    return found if isinstance(found, nn.Module) and getattr(module, "main_input_name", "") == "pixel_values" else None
+
+
+def _said(model: Model, base: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(logits of the base's own head, pooled features)."""
+    module = forward.module_of(model)
+    if dual(base):
+        return None, image_features(model, base, pixels, unit=False)
+    classifier = _classifier(module)
+    if classifier is None:
+        raise UserError("base", base.id, "it does not classify pictures; use an image base, e.g. lab/vit, lab/cnn or lab/clip")
+    kept: list[Tensor] = []
+    with forward.active(model):
+        hook = classifier.register_forward_pre_hook(lambda m, args: kept.append(args[0]), prepend=True)
+        try:
+            out = model(pixel_values=normalised(base, pixels))
+        finally:
+            hook.remove()
+    return out.logits, kept[0].flatten(1)
+
+
+def names_pictures(base: Any) -> bool:
+    return dual(base) or _classifier(base.model) is not None
+
+
+def said(model: Model, base: Any, rows: Images) -> Tensor:
+    """All that a model makes of pictures, side by side: its own logits and the pooled features, or those of both encoders."""
+    own, pooled = _said(model, base, rows.pixels)
+    more = text_features(model, base, rows.captions) if own is None and rows.captions else own
+    return pooled if more is None else torch.cat([more, pooled], 1)
+
+
+def features(model: Model, base: Any, pixels: Tensor) -> Tensor:
+    return _said(model, base, pixels)[1]
+
+
+def logits(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> Tensor:
+    with forward.active(model):
+        own, pooled = _said(model, base, pixels)
+        if head:
+            known = heads(model)
+            if head not in known:
+                mend = f"the model has no such head; {nearest(head, known) if known else 'add adapters.class_head'}"
+                raise UserError("head", head, mend)
+            return known[head].logits(pooled)
+        if own is None:
+            raise UserError("head", None, f"{base.id} has no classes of its own; add adapters.class_head to the trainable")
+        return own
+
+
+def width(base: Any) -> int:
+    """Of the pooled features."""
+    if dual(base):
+        return base.model.config.projection_dim
+    found = [m for m in (_classifier(base.model) or nn.Identity()).modules() if isinstance(m, nn.Linear)]
+    if not found:
+        raise UserError("base", base.id, "it does not classify pictures; use an image base, e.g. lab/vit, lab/cnn or lab/clip")
+    return found[0].in_features
+
+
+# ---- pictures and words ----------------------------------------------------------------------------------------------------
+
+
+def image_features(model: Model, base: Any, pixels: Tensor, unit: bool = True) -> Tensor:
+    _needs_both(base)
+    with forward.active(model):
+        found = _pooled(forward.module_of(model).get_image_features(pixel_values=normalised(base, pixels)))
+    return F.normalize(found, dim=-1) if unit else found
+
+
+def text_features(model: Model, base: Any, captions: Sequence[str]) -> Tensor:
+    """A caption that comes more than once is read once."""
+    _needs_both(base)
+    unique = list(dict.fromkeys(captions))
+    longest = base.model.config.text_config.max_position_embeddings
+    read = base.tokenizer(unique, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    device = forward.device_of(model)
+    words = {k: read[k].to(device) for k in ("input_ids", "attention_mask")}
+    with forward.active(model):
+        found = F.normalize(_pooled(forward.module_of(model).get_text_features(**words)), dim=-1)
+    at = {c: i for i, c in enumerate(unique)}
+    return found[torch.tensor([at[c] for c in captions], device=device)]
+
+
+def scale(model: Model) -> Tensor:
+    """exp of the learned logit scale: what a cosine is multiplied with."""
+    with forward.active(model):
+        return forward.module_of(model).logit_scale.exp()
+
+
+def fits(model: Model, base: Any, pixels: Tensor, captions: Sequence[Sequence[str]]) -> Tensor:
+    """captions: k of each picture."""
+    k = len(captions[0])
+    said = text_features(model, base, [c for row in captions for c in row]).view(len(captions), k, -1)
+    return scale(model) * (said @ image_features(model, base, pixels)[..., None])[..., 0]
+
+
+def _pooled(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else found.pooler_output
+
+
+def _needs_both(base: Any) -> None:
+    if not dual(base):
+        mend = "it does not read pictures and captions in one space; use one that does, e.g. lab/clip"
+        raise UserError("base", base.id, mend)
+
+
+def must_know(ctx: Any, classes: Sequence[str], field: str) -> None:
+    """Refuse labels of classes that no head of the model tells apart. (Nothing is built yet where a part only looks.)"""
+    own = own_classes(ctx.base)
+    if not own or ctx.live is None or not ctx.live.params or head_for(ctx.live.model, ctx.base, classes) is not None:
+        return
+    brief = lambda names: ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    mend = f"the base tells {brief(own)} apart; add a head, adapters.class_head with `of: {field}`, to the trainable"
+    raise UserError(field, brief(list(classes)), mend)

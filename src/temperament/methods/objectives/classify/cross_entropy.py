@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+
+from temperament.engine import see
+from temperament.errors import UserError
+from temperament.nn.batch import Images
+from temperament.nn.classes import heads
+from temperament.parts import part
+from temperament.protocols import Term, Terms
+
+
+@part("objectives.classify.cross_entropy", modalities=("image",))
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Plain classification: the likelihood of each picture's class.
+
+        loss = - sum_c q_c log p_c;    q = 1 - s at the label and s / classes everywhere          mean over labelled pictures
+
+    p: softmax of a head's logits (nats); s: label smoothing. Pictures without a label add nothing. `accuracy` is logged.
+    """
+
+    batch: ClassVar = ("Images",)
+    label_smoothing: float = 0.0  # s
+    head: str | None = None  # the head that is asked; null: the newest that was added, else the base's own
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+
+    def counts(self, whole: Images) -> dict[str, float]:
+        if whole.labels is None:
+            raise UserError("train.source", "Images", "its pictures have no labels; use a source of classes, e.g. data.sprites")
+        n = float((whole.labels >= 0).sum())
+        return {"cross_entropy": n, "accuracy": n}
+
+    def loss(self, micro: Images, views: Any) -> Terms:
+        head = self.head or next(reversed(heads(views.model)), None)
+        logits = see.logits(views.model, views.live.base, micro.pixels, head).float()
+        if int(micro.labels.max()) >= logits.shape[1]:
+            mend = f"the head that is trained has {logits.shape[1]} classes; add adapters.class_head with `of` this source"
+            raise UserError("train.source", f"class {int(micro.labels.max())}", mend)
+        known, labels = micro.labels >= 0, micro.labels.clamp(min=0)
+        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing) * known
+        n = float(known.sum())
+        right = (logits.detach().argmax(-1) == labels) * known
+        return {"cross_entropy": Term(each, n), "accuracy": Term(right.float(), n, weight=0)}
