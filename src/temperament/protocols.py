@@ -200,6 +200,14 @@ class Pictured(Protocol):
     must: ClassVar = ("classes", "held", "called")
 
 
+class Gallery(Protocol):
+    """Pictures with their captions: `pictures(ctx) -> list[Picture]` (engine/pictures.py). What sources and suites of
+    generators read."""
+
+    rooms: ClassVar = ("data",)
+    must: ClassVar = ("pictures",)
+
+
 class Builder(Protocol):
     """A `build` step: makes a data set, models in the loop. `make(ctx) -> Iterable[item | Rejection]`; provenance is kept."""
 
@@ -212,6 +220,15 @@ class Reward(Protocol):
 
     rooms: ClassVar = ("rewards",)
     must: ClassVar = ("score",)
+    scheduled: ClassVar = True
+
+
+class PictureReward(Protocol):
+    """What a picture is worth: `value(pixels, captions) -> (rows,)` of pixels (rows, 3, H, W) in 0..1 as the model made them,
+    not cut, so that a gradient goes through them wherever the reward has one."""
+
+    rooms: ClassVar = ("rewards",)
+    must: ClassVar = ("value",)
     scheduled: ClassVar = True
 
 

@@ -25,13 +25,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
 from temperament.engine.noise import Process, process_of
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Chain, Images
+from temperament.nn.context import checkpoint as recomputed
 from temperament.nn.forward import active, arguments
 
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -286,7 +286,7 @@ def denoise(
         def call(x: Tensor, t: Tensor, conditions: dict[str, Tensor], version: Any = None) -> Tensor:
             one = denoiser if version is None else Denoiser(denoiser.base, version)
             if checkpoint and torch.is_grad_enabled():
-                return torch.utils.checkpoint.checkpoint(one, x, t, conditions, use_reentrant=False)
+                return recomputed(one, x, t, conditions)
             return one(x, t, conditions)
 
         predict = guided(call, nothing, sampler.guidance)
@@ -300,7 +300,10 @@ def denoise(
                 rows.append((state.before.detach(), state.x.detach(), float(state.spread > 0)))
     for hook in hooks:
         hook.end(state)
-    pixels = denoiser.pixels(state.x)
+    with torch.set_grad_enabled(keep > 0), denoiser.active():
+        # A codec's activations at full size are the largest of all.
+        through = checkpoint and keep > 0 and "codec" in denoiser.base.components
+        pixels = recomputed(denoiser.pixels, state.x) if through else denoiser.pixels(state.x)
     chain = _recorded(rows, state) if record else None
     return Made(pixels if keep else pixels.clamp(0, 1), state.x, chain)
 

@@ -10,6 +10,7 @@ kinds; no kind writes its own. A field that is not row-aligned has no place in a
     Labelled    one response with a desirable / undesirable label
     Rollout     sampled responses or episodes with advantages and the log-probs they were sampled with
     Images      pictures, with what is known of each: its class, its caption
+    Captions    captions alone, for what paints the pictures itself
     Chain       steps of denoising, each a decision: what was there, what was made of it
 
 What runs along time (`Tokens`, `Steps`, `Chain`) says itself how likely a model finds it (`logp`) and what a critic may read of it
@@ -229,6 +230,15 @@ class Images(Batch):
     labels: Tensor | None = None
     captions: list[str] | None = None
     prior: Tensor | None = None
+
+
+@dataclass
+class Captions(Batch):
+    """examples (rows,): ids, which address random draws. captions: what each row is asked to be. A batch of `Images` has both
+    too, so an objective of captions takes either."""
+
+    examples: Tensor
+    captions: list[str]
 
 
 @dataclass
