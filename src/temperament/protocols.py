@@ -273,7 +273,8 @@ class Diagnosis(Protocol):
 
 class Suite(Protocol):
     """Skills to measure: `skills(ctx) -> list[Skill]`, each with items, a role and `measure(system) -> list[Outcome]`
-    (engine/measure.py)."""
+    (engine/measure.py). A skill whose number is one of the whole set (a distance between pictures) has `of_set(outcomes) ->
+    value(rows)`, the number of any resampled rows."""
 
     rooms: ClassVar = ("evaluate",)
     must: ClassVar = ("skills",)

@@ -29,8 +29,8 @@ from temperament.nn.batch import Images
 
 @dataclass(frozen=True)
 class Picture:
-    """image: (3, H, W) float32 in 0..1, or the path of a file. label: its class in the source's numbering, -1 for none.
-    alternatives: what could be said of it, one caption a class: what a model of pictures and words chooses among."""
+    """image: (3, H, W) float32 in 0..1 or eight bits, or the path of a file. label: its class in the source's numbering, -1 for
+    none. alternatives: what could be said of it, one caption a class: what a model of pictures and words chooses among."""
 
     image: Any
     caption: str = ""
@@ -43,7 +43,8 @@ class Picture:
         """(3, H, W) in 0..1, of this size."""
         if isinstance(self.image, str):
             return _opened(self.image, size)
-        pixels = torch.as_tensor(np.ascontiguousarray(self.image), dtype=torch.float32)
+        pixels = torch.as_tensor(np.ascontiguousarray(self.image))
+        pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels.float()
         return pixels if tuple(pixels.shape[1:]) == size else _fitted(pixels, size)
 
 

@@ -21,7 +21,7 @@ from temperament.protocols import Outcome
 from temperament.run import recipe as schema
 from temperament.run.artefacts import address, cache_dir, read_outcomes, write_outcomes
 from temperament.run.ledger import Ledger
-from temperament.run.outcome import SkillResult
+from temperament.run.outcome import SkillResult, set_level
 from temperament.run.recipe import walk_steps
 from temperament.run.training import quiet_training
 from temperament.train.checkpoint import write_atomic
@@ -77,9 +77,7 @@ class Skills:
         by: dict[str, list[Outcome]] = {s.name: [] for s in self.skills}
         for o in outcomes:
             by[o.skill].append(o)
-        return {
-            s.name: SkillResult(s.name, s.role, s.metric, tuple(by[s.name]), distance=s.distance, **s.how) for s in self.skills
-        }
+        return {s.name: _result(s, tuple(by[s.name])) for s in self.skills}
 
     def look(self, live: Any, items: int, watched: Iterable[str] | None = None) -> dict[str, float]:
         """Means on a few items while training: each watched skill, and "target", the mean of the target skills."""
@@ -97,6 +95,14 @@ class Skills:
             quiet_training(m)
         targets = [values[s.name] for s in wanted if s.role == "target"]
         return values | ({"target": sum(targets) / len(targets)} if targets else {})
+
+
+def _result(skill: Any, outcomes: tuple[Outcome, ...]) -> SkillResult:
+    """A skill whose number belongs to the whole set of its items says how (`of_set`); all others are means over them."""
+    how = {"distance": skill.distance, **skill.how}
+    if hasattr(skill, "of_set") and len(outcomes) > 1:
+        return set_level(skill.name, skill.role, skill.metric, outcomes, skill.of_set(outcomes), **how)
+    return SkillResult(skill.name, skill.role, skill.metric, outcomes, **how)
 
 
 class Book:

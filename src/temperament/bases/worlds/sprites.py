@@ -203,11 +203,11 @@ def shift_colours(image: ndarray) -> ndarray:
 
 
 @cache
-def _all() -> tuple[list[Scene], ndarray, ndarray]:
-    """Every scene of one plain subject, its picture (scenes, 3 * 16 * 16) and half its square."""
+def _all(shapes: tuple[str, ...]) -> tuple[list[Scene], ndarray, ndarray]:
+    """Every scene of one subject of these shapes, its picture (scenes, 3 * 16 * 16) and half its square."""
     found = [
         Scene((Subject(shape, colour, texture, place, (down, right)),), background)
-        for shape in SHAPES
+        for shape in shapes
         for colour in COLOURS
         for texture in TEXTURES
         for place in PLACES
@@ -219,10 +219,10 @@ def _all() -> tuple[list[Scene], ndarray, ndarray]:
     return found, pictures, 0.5 * np.square(pictures).sum(1)
 
 
-def recognise(images: ndarray) -> list[tuple[Scene, float]]:
+def recognise(images: ndarray, sprites: Sequence[str] = ()) -> list[tuple[Scene, float]]:
     """What pictures (rows, 3, 16, 16) show, by the world's own eye: of all scenes of one subject the nearest, and the root
-    mean square between the two."""
-    found, pictures, half = _all()
+    mean square between the two. sprites: which it knows beside the shapes."""
+    found, pictures, half = _all((*SHAPES, *sprites))
     flat = np.asarray(images, dtype=np.float32).reshape(len(images), -1)
     nearest = (half[None] - flat @ pictures.T).argmin(1)
     return [(found[i], float(np.sqrt(np.square(row - pictures[i]).mean()))) for i, row in zip(nearest, flat, strict=True)]

@@ -57,6 +57,9 @@ class FolderImages:
     def held(self, base: Any = None) -> list[Picture]:
         return self._pictures(self._split[1], base)
 
+    def pictures(self, ctx: Any) -> list[Picture]:
+        return self._pictures(self._split[0], ctx.base)
+
     def open(self, ctx: Any) -> Stream:
         if self._labelled:
             see.must_know(ctx, self.classes(ctx.base), "data.folder_images")

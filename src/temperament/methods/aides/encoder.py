@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from temperament.bases.load import load
+from temperament.engine.pictures import size_of
+from temperament.parts import part
+
+
+@part("aides.encoder", modalities=("image",))
+@dataclass(frozen=True)
+class Encoder:
+    """Features of a picture by a frozen image encoder, of length 1: their cosine is how alike two pictures are to it.
+
+        f(x) = e(x) / |e(x)|      CLIP-I with an image-text encoder, DINO with a self-supervised one
+
+    A judge should be another model than one that helped to train. Pictures are resized to its size."""
+
+    role: ClassVar = "features"
+    model: str = "lab/clip-b"  # an image encoder: a lab base, a folder or a Hugging Face id
+    batch: int = 64  # pictures it looks at together
+
+    @torch.no_grad()
+    def ask(self, requests: Tensor) -> Tensor:
+        """(rows, 3, H, W) in 0..1 -> (rows, width), of length 1."""
+        from temperament.engine.see import features
+
+        base = _loaded(self.model)
+        size = size_of(base)
+        fitted = requests if tuple(requests.shape[-2:]) == size else F.interpolate(requests, size, mode="bilinear", antialias=True)
+        return F.normalize(torch.cat([features(base.model, base, some) for some in fitted.split(self.batch)]), dim=1)
+
+
+@lru_cache(maxsize=2)
+def _loaded(spec: str) -> Any:
+    return load(spec, field="aides.encoder.model")
