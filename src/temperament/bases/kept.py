@@ -2,7 +2,7 @@
 
     runs/first                a finished run, as it ended
     runs/first/steps/sft      one of its steps, as it left the model
-    adapters/mine             a PEFT adapter that names its base
+    adapters/mine             a PEFT adapter, or a LoRA of diffusers, that names its base
     deltas/mine               a delta of ours that names its base
 
 A run may also end with no change at all: with an inference system on its base.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from temperament.delta.diffusers_format import is_diffusers_lora
 from temperament.delta.files import read_json
 from temperament.errors import UserError
 
@@ -47,6 +48,8 @@ def kept(folder: Path, field: str = "model") -> Kept | None:
         return Kept(_base(read_json(run, field), run, field), folder / "delta", run.parent)
     if (folder / "adapter_config.json").is_file():
         return Kept(read_json(folder / "adapter_config.json", field).get("base_model_name_or_path") or None, folder)
+    if is_diffusers_lora(folder) and not (folder / "delta.json").is_file():
+        return Kept(None, folder)
     if (folder / "delta.json").is_file():
         meta = read_json(folder / "delta.json", field).get("meta")
         meta = meta if isinstance(meta, dict) else {}

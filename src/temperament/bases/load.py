@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from temperament import parts
 from temperament.bases.image_settings import image_settings
 from temperament.bases.kept import Kept, kept
-from temperament.bases.pipeline import fetched, is_pipeline, read_pipeline
+from temperament.bases.pipeline import pipeline_of, read_pipeline
 from temperament.delta import Addition, Delta, identity
 from temperament.delta.peft_format import is_peft, read_peft
 from temperament.delta.stream import finite, open_source
@@ -36,7 +36,9 @@ from temperament.nn.pieces import Switch, attach
 
 LAB = Path(__file__).parent / "lab"
 # What shows that a lab base knows what it is meant to know, by the component it has; of the others, evaluate.lab.
-MEANT = {"policy": "evaluate.control", "denoiser": "evaluate.renders", "image_encoder": "evaluate.pictures", "encoder": "evaluate.pictures"}
+MEANT = {"policy": "evaluate.control", "denoiser": "evaluate.renders"}
+MEANT |= dict.fromkeys(("image_encoder", "encoder"), "evaluate.pictures")
+NEVER_TRAINED = ("codec",)  # what pictures are made in, not what makes them: it holds no places
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +69,8 @@ class Base:
         told = [{n: _settings(m) for n, m in self.components.items()}, _words(self.tokenizer)]
         if (pictures := self.processors.get("image")) is not None:
             told.append({n: getattr(pictures, n, None) for n in ("size", "crop_size", "image_mean", "image_std")})
+        if (scheduler := self.processors.get("scheduler")) is not None:
+            told.append(dict(getattr(scheduler, "config", scheduler)))
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -81,7 +85,12 @@ class Base:
     def places(self):
         from temperament.nn.places import Places
 
-        return Places.of(self.components)
+        return Places.of({n: m for n, m in self.components.items() if n not in NEVER_TRAINED})
+
+    @property
+    def keeps(self) -> str | None:
+        """The suite that asks what a base of this kind knows without any benchmark; None where there is none."""
+        return "evaluate.keep" if self.speaks else "evaluate.keep_pictures" if "denoiser" in self.components else None
 
     @property
     def speaks(self) -> bool:
@@ -270,10 +279,9 @@ def _from_pretrained(spec: str, folder: Path | None, dtype: str, trust: bool, fi
     from transformers import AutoConfig, AutoTokenizer
 
     source = str(folder) if folder is not None else spec
-    whole = folder if is_pipeline(folder) else fetched(spec, field) if folder is None else None
-    if whole is not None:
+    if (whole := pipeline_of(spec, folder, field)) is not None:
         components, processors, sha256 = read_pipeline(whole, spec, DTYPES[dtype], field)
-        return Base(spec, components, processors, whole, sha256)
+        return Base(spec, components, processors, whole, sha256, stored=_stored(whole))
     if folder is not None:
         if not (folder / "config.json").exists():
             raise UserError(field, spec, "no config.json in it; name a folder in transformers layout, a run or an adapter")

@@ -12,6 +12,7 @@ make pictures."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ LIBRARIES = ("diffusers", "transformers")
 
 def is_pipeline(folder: Path | None) -> bool:
     return folder is not None and (folder / "model_index.json").is_file()
+
+
+def pipeline_of(spec: str, folder: Path | None, field: str) -> Path | None:
+    """The folder of the pipeline a base names, fetched where it is an id of the hub; None where it is no pipeline."""
+    return folder if is_pipeline(folder) else fetched(spec, field) if folder is None else None
 
 
 def fetched(spec: str, field: str) -> Path | None:
@@ -51,6 +57,23 @@ def read_pipeline(
     folder: Path, spec: str, dtype: torch.dtype, field: str
 ) -> tuple[dict[str, nn.Module], dict[str, Any], dict[str, str]]:
     """(components, the denoiser first; processors; sha256 of each component)."""
+    sha256: dict[str, str] = {}
+
+    def weights(sub: Path, library: str, cls: str, component: str) -> nn.Module:
+        sha256.update(identity(sub, component))
+        return _module(sub, library, cls, spec, dtype, field)
+
+    modules, processors = _read(folder, spec, field, weights)
+    return modules, processors, sha256
+
+
+def shells(folder: Path, spec: str, dtype: torch.dtype, field: str) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The same modules from their configurations alone, with weights of no meaning."""
+    return _read(folder, spec, field, lambda sub, library, cls, component: _shell(sub, library, cls, spec, dtype, field))
+
+
+def _read(folder: Path, spec: str, field: str, made: Callable[..., nn.Module]) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """(components, the denoiser first; processors), each component as `made` makes it of its folder, library and class."""
     try:
         index = json.loads((folder / "model_index.json").read_text())
     except ValueError:
@@ -62,7 +85,8 @@ def read_pipeline(
         raise UserError(
             field, spec, f"{what}; use a pipeline of one denoiser and one text encoder, e.g. Stable Diffusion 1 or 2"
         )
-    modules, processors, sha256 = {}, {}, {}
+    modules: dict[str, nn.Module] = {}
+    processors: dict[str, Any] = {"pipeline": folder}
     for name, (library, cls) in named.items():
         sub = folder / name
         if not sub.is_dir():
@@ -72,22 +96,34 @@ def read_pipeline(
         elif name == "tokenizer":
             processors["tokenizer"] = _tokenizer(sub, spec, field)
         else:
-            component = COMPONENTS[name]
-            modules[component] = _module(sub, library, cls, spec, dtype, field)
-            sha256 |= identity(sub, component)
+            modules[COMPONENTS[name]] = made(sub, library, cls, COMPONENTS[name])
     order = sorted(modules, key=lambda n: n != "denoiser")
-    return {n: modules[n].eval() for n in order}, processors, sha256
+    return {n: modules[n].eval() for n in order}, processors
 
 
-def _module(folder: Path, library: str, cls: str, spec: str, dtype: torch.dtype, field: str) -> nn.Module:
+def _class(folder: Path, library: str, cls: str, spec: str, field: str) -> type:
     import importlib
 
     if library not in LIBRARIES:
         raise UserError(field, spec, f"{folder.name} is of {library!r}, and code of a model folder is not run")
+    kind = getattr(importlib.import_module(library), cls, None)
+    if kind is None:
+        raise UserError(field, spec, f"this version of {library} has no {cls}; update it, or use another base")
+    return kind
+
+
+def _shell(folder: Path, library: str, cls: str, spec: str, dtype: torch.dtype, field: str) -> nn.Module:
+    kind = _class(folder, library, cls, spec, field)
+    if library == "diffusers":
+        return kind.from_config(kind.load_config(folder)).to(dtype)
+    return kind(kind.config_class.from_pretrained(folder)).to(dtype)
+
+
+def _module(folder: Path, library: str, cls: str, spec: str, dtype: torch.dtype, field: str) -> nn.Module:
+    kind = _class(folder, library, cls, spec, field)
     if not any(folder.glob("*.safetensors")):
         raise UserError(field, spec, f"{folder.name} holds no .safetensors; pickles are never loaded")
     try:
-        kind = getattr(importlib.import_module(library), cls)
         more = {"use_safetensors": True, "local_files_only": True}
         return kind.from_pretrained(folder, **more, **{"torch_dtype" if library == "diffusers" else "dtype": dtype})
     except Exception as problem:
@@ -104,13 +140,15 @@ def _tokenizer(folder: Path, spec: str, field: str) -> Any:
         raise UserError(field, spec, f"its tokenizer could not be read ({str(problem).splitlines()[0][:160]})") from None
 
 
-def write_pipeline(base: Any, folder: Path, like: Path | None = None) -> None:
-    """The base's modules as they stand, in the layout of diffusers; `like`: the folder whose index and processors are
-    copied."""
+def write_pipeline(base: Any, folder: Path) -> None:
+    """The base's modules as they stand, in the layout of diffusers; index and processors are those it was read with."""
     import shutil
 
+    like = base.processors.get("pipeline")
+    if like is None or not (like / "model_index.json").is_file():
+        raise UserError("base", base.id, "the folder it was read from is gone, and with it tokenizer and scheduler; restore it")
     folder.mkdir(parents=True, exist_ok=True)
-    index = json.loads((like / "model_index.json").read_text()) if like is not None else {}
+    index = json.loads((like / "model_index.json").read_text())
     for name, value in index.items():
         component = COMPONENTS.get(name)
         if component in base.components and isinstance(value, list) and value[0]:

@@ -267,9 +267,13 @@ class Delta:
 
     @staticmethod
     def load(folder, lazy: bool = False) -> Delta:
-        """Read what `save` wrote, or a PEFT adapter directory. Tensors are checked against their sha256 (lazy: on access)."""
+        """Read what `save` wrote, a PEFT adapter directory or a LoRA of diffusers. Tensors are checked against their sha256
+        (lazy: on access)."""
+        from temperament.delta.diffusers_format import is_diffusers_lora, read_diffusers_lora
         from temperament.delta.peft_format import is_peft, read_peft
         from temperament.delta.store import load
 
+        if is_diffusers_lora(folder):
+            return read_diffusers_lora(folder)
         return read_peft(folder) if is_peft(folder) else load(folder, lazy)
 

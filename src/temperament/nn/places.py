@@ -233,6 +233,12 @@ class Places:
                 raise UserError("category", c, nearest(c, CATEGORIES))
         return self.only(lambda p: p.category in categories)
 
+    @property
+    def usual(self) -> Places:
+        """Those that are trained where nothing else is asked: without what only reads the captions of a denoiser."""
+        beside = {"text_encoder"} if any(p.component == "denoiser" for p in self._whole) else set()
+        return self.only(lambda p: p.component not in beside) if beside else self
+
     def linear(self) -> Places:
         """All linear maps in blocks, what PEFT calls all-linear: no heads, embeddings, routers or connectors between models.
         Of a network whose blocks hold convolutions alone, those."""
@@ -244,7 +250,8 @@ class Places:
 
     def match(self, targets: str | Iterable[str], field: str = "targets") -> Places:
         """Places named by any of `targets`: "all", "all-linear", a role, a category, a path or its last parts ("q_proj",
-        "layers.0.mlp"), or a regular expression for the whole path.
+        "layers.0.mlp"), or a regular expression for the whole path; a component ("text_encoder") means all of it, and
+        "text_encoder/q" only what of it is named so. Where none is named, the `usual` ones come first.
 
         A category wins over a role ("norm" has q_norm too), a role over an equal path part. Raises UserError for a target
         that names nothing, even when others do.
@@ -254,7 +261,7 @@ class Places:
         if not targets:
             raise UserError(field, targets, "name at least one place, e.g. 'all-linear'")
         for target in targets:
-            found = self._match(target, field)
+            found = self._of_component(target, field)
             if not len(found):
                 known = {*self._roles(), *(c for c in CATEGORIES if any(p.category == c for p in self)), "all-linear", "all",
                          *(p.path.split(".")[-1] for p in self), *self._places}
@@ -267,6 +274,14 @@ class Places:
 
     def _roles(self) -> set[str]:
         return {r for p in self for r in p.roles}
+
+    def _of_component(self, target: str, field: str) -> Places:
+        component, slash, rest = target.partition("/")
+        own = self.only(lambda p: p.component == component)
+        if len(own):
+            return own._match(rest, field) if slash else own
+        usual = self if slash else self.usual._match(target, field)
+        return usual if not slash and len(usual) else self._match(target, field)
 
     def _match(self, target: str, field: str) -> Places:
         if target == "all":

@@ -230,7 +230,7 @@ def noisy(base: Base) -> str:
     """What the base would draw while training if the loop let it, in words, or ""."""
     for component in base.components.values():
         for name, m in component.named_modules():
-            rates = [m.p] if isinstance(m, nn.modules.dropout._DropoutNd) else [getattr(m, n, 0.0) for n in NOISE]
+            rates = [m.p] if isinstance(m, nn.modules.dropout._DropoutNd) else [vars(m).get(n, 0.0) for n in NOISE]
             if any(isinstance(r, float) and r > 0 for r in rates):
                 return f"its own dropout ({name}) draws in order of calls and is off in training"
     return ""

@@ -1,7 +1,7 @@
 """What leaves the house: an adapter others can load, a merged model, a delta - each reloaded in a fresh process and compared.
 
-    adapter    PEFT layout, when the whole change is low-rank; else refused with what to do instead
-    merged     a model folder for from_pretrained, tokenizer and template with it, in the precision the base is stored in
+    adapter    PEFT's layout, or diffusers' for a pipeline, when the whole change is low-rank; else refused with what to do instead
+    merged     a model or pipeline folder for from_pretrained, tokenizer and template with it, in the precision the base is stored in
     delta      safetensors + delta.json: any change, exactly
 """
 
@@ -18,21 +18,22 @@ import torch
 
 from temperament.bases.kept import kept
 from temperament.bases.load import DTYPES, Base, change, load
+from temperament.bases.pipeline import write_pipeline
+from temperament.bases.probe import Answer, question
 from temperament.delta import Delta, LowRank, between
 from temperament.delta.certificate import certify, compare
+from temperament.delta.diffusers_format import write_diffusers_lora
 from temperament.delta.files import atomic_folder
 from temperament.delta.peft_write import task_type, write_peft
 from temperament.engine import see
-from temperament.engine.pictures import size_of
 from temperament.errors import UserError, WorkFailed, nearest
-from temperament.nn import draws
 from temperament.run.artefacts import Folder
 from temperament.train.checkpoint import write_atomic
 
 
 def save_delta(delta: Delta, base: Base, folder: Path, base_id: str) -> str:
     """The run's `delta/`: in PEFT layout where PEFT knows the method, else our own; both bound to the base's sha256."""
-    if as_peft(delta):
+    if as_peft(delta, base):
         write_peft(delta, folder, base=base.model, base_model=base_id, task_type=task_of(base), overwrite=True)
         return "peft"
     replace(delta, meta={**delta.meta, "on": base_id}).save(folder, overwrite=True)
@@ -45,10 +46,11 @@ def task_of(base: Base) -> str | None:
     return task_type([type(base.model).__name__], encoder_decoder)
 
 
-def as_peft(delta: Delta) -> bool:
-    """Does PEFT know this change as an adapter? Every change low-rank, nothing added."""
+def as_peft(delta: Delta, base: Base) -> bool:
+    """Does PEFT know this change as an adapter? One model, every change low-rank, nothing added."""
     return (
         bool(delta.changes)
+        and len(base.components) == 1
         and not delta.additions
         and not delta.buffers
         and all(isinstance(c, LowRank) for c in delta.changes.values())
@@ -116,15 +118,16 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged", dtype:
     """Write base + delta to a new folder and certify it."""
     of_form(as_, dtype)
     free(to)
-    speaks = base.tokenizer is not None or hasattr(getattr(base.model, "config", None), "vocab_size")
-    if not speaks and not see.names_pictures(base):
-        mend = "it can not be reloaded and compared; the change itself lies in the run's folder delta/"
-        raise UserError("run", base.id, mend)
+    question(base)  # refused before anything is written, where nothing could be compared
     if as_ == "delta":
         replace(delta, meta={**delta.meta, "on": base.id}).save(to)
         return certify_and_record(base, delta, to, as_)
+    if as_ == "adapter" and "denoiser" in base.components:
+        unet = type(base.components["denoiser"]).__name__.startswith("UNet")
+        write_diffusers_lora(delta, to, unet=unet, base=base.id)
+        return certify_and_record(base, delta, to, as_)
     if as_ == "adapter":
-        if not as_peft(delta):
+        if not as_peft(delta, base):
             raise UserError(
                 "--as",
                 "adapter",
@@ -143,12 +146,20 @@ def export_delta(base: Base, delta: Delta, to: Path, as_: str = "merged", dtype:
         base.reset()
         base.apply(delta)
         try:
-            write_model(base.model, new, dtype)
-            for processor in base.processors.values():
-                processor.save_pretrained(new)
+            write(base, new, dtype)
         finally:
             base.reset()
     return certify_and_record(base, delta, to, as_, dtype)
+
+
+def write(base: Base, folder: Path, dtype: str) -> None:
+    """The base as it stands, in the layout of the library it comes from, its weights in this precision."""
+    if "denoiser" in base.components:
+        with rounded(Answer(base), dtype, back=False):
+            return write_pipeline(base, folder)
+    write_model(base.model, folder, dtype)
+    for processor in base.processors.values():
+        processor.save_pretrained(folder)
 
 
 def write_model(model: torch.nn.Module, folder: Path, dtype: str) -> None:
@@ -165,12 +176,13 @@ def write_model(model: torch.nn.Module, folder: Path, dtype: str) -> None:
 
 @contextmanager
 @torch.no_grad()
-def rounded(model: torch.nn.Module, dtype: str) -> Iterator[None]:
-    """The model with its weights rounded to what this precision holds, in the precision it computes in."""
+def rounded(model: torch.nn.Module, dtype: str, back: bool = True) -> Iterator[None]:
+    """The model with its weights rounded to what this precision holds; back: in the precision it computes in."""
     held = []
     for tensor in model.state_dict(keep_vars=True).values():
-        new = tensor.to(DTYPES[dtype]).to(tensor.dtype) if tensor.is_floating_point() else tensor
-        if not torch.equal(new, tensor):
+        new = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        new = new.to(tensor.dtype) if back else new
+        if new.dtype != tensor.dtype or not torch.equal(new, tensor):
             held.append((tensor, tensor.data))
             tensor.data = new
     try:
@@ -186,15 +198,15 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str 
     base.reset()
     base.apply(delta)
     try:
-        inputs = _question(base)
+        inputs, answer = question(base), Answer(base)
         with torch.no_grad():
-            out = base.model(**inputs)
-            expected = getattr(out, "logits", out[0])
+            expected = answer(**inputs)
         if as_ == "merged":
-            with rounded(base.model, dtype), torch.no_grad():
-                out = base.model(**inputs)
-                stored = getattr(out, "logits", out[0])
-            how = {"live": base.model, "processor": base.tokenizer, "model_class": _auto_class(base)}
+            with rounded(answer, dtype), torch.no_grad():
+                stored = answer(**inputs)
+            how = {"reload": f"{__name__}:reread"}
+            if "denoiser" not in base.components:
+                how = {"live": base.model, "processor": base.tokenizer, "model_class": _auto_class(base)}
             certificate = certify(to, inputs, stored, compute=str(expected.dtype).removeprefix("torch."), **how)
             certificate |= {"dtype": dtype, "rounding": compare(stored, expected)}
         else:
@@ -210,23 +222,17 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str 
     return certificate
 
 
-def _question(base: Base) -> dict[str, torch.Tensor]:
-    """What the live model and the reloaded one are both asked."""
-    asked, rows = {}, torch.arange(2)
-    if see.names_pictures(base):
-        asked["pixel_values"] = draws.normal(0, "certificate", 0, rows, (3, *size_of(base)))
-    if base.tokenizer is not None or "pixel_values" not in asked:
-        text = base.model.config.get_text_config()
-        length = torch.arange(min(24, getattr(text, "max_position_embeddings", None) or 24))
-        asked["input_ids"] = draws.randint(text.vocab_size, 0, "certificate", 0, rows[:, None], length[None])
-    return asked
-
-
 def reloaded(base: str, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
     """In the fresh process: the base by its name, with what is in the folder on it."""
     found = load(base, own=True)
     found.apply(change(folder, found))
-    return found.model, found.sha256
+    return Answer(found), found.sha256
+
+
+def reread(base: None, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+    """In the fresh process: what is in the folder, by the library it is written for."""
+    found = load(folder)
+    return Answer(found), found.sha256
 
 
 def _auto_class(base: Base) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from temperament.bases.image_settings import image_settings
 from temperament.bases.load import Base
+from temperament.bases.pipeline import pipeline_of, shells
 from temperament.errors import TemperError
 from temperament.nn.batch import Batch, Rollout, Tokens
 from temperament.nn.context import checkpointing
@@ -137,6 +138,10 @@ def shapes(recipe: Recipe) -> Base:
         ours = shell(locate(recipe.base))
     if ours is not None:
         return Base(recipe.base, {"policy": ours.to(DTYPES[recipe.precision.master]).eval()}, sha256={"policy": "shapes"})
+    if (found := pipeline_of(recipe.base, locate(recipe.base), "base")) is not None:
+        with META:
+            made, processors = shells(found, recipe.base, DTYPES[recipe.precision.master], "base")
+        return Base(recipe.base, made, processors, sha256=dict.fromkeys(made, "shapes"))
     source = str(locate(recipe.base) or recipe.base)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
     kind, component = _model_class(config, transformers)

@@ -160,8 +160,8 @@ def skills_of(recipe: schema.Recipe, base: Base) -> Skills:
     if not suites:
         offered = [s for step in walk_steps(recipe.steps) if step.train for s in default_suites(step.train.source)]
         suites = list({address(parts.plain(s)): s for s in offered}.values()) + [parts.build(s) for s in base.suites]
-    if spec.keep and base.speaks and not any(type(s).part_name == "evaluate.keep" for s in suites):
-        suites.append(parts.build("evaluate.keep"))
+    if spec.keep and base.keeps and not any(type(s).part_name == base.keeps for s in suites):
+        suites.append(parts.build(base.keeps))
     ctx = Asking(base, spec.items, recipe.seed)
     made = [skill for suite in suites for skill in suite.skills(ctx)]
     targets = {s.name for s in made if s.role == "target"}

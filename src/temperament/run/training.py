@@ -55,7 +55,7 @@ def quiet_training(component: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
             for name in NOISE:
-                if isinstance(getattr(module, name, None), float):
+                if isinstance(vars(module).get(name), float):
                     setattr(module, name, 0.0)
 
 

@@ -38,11 +38,11 @@ class Half:
             raise ValueError(f"share lies in (0, 1], not {self.share}")
 
     def build(self, base: Any, ctx: Any) -> Trained:
-        chosen = self.choose(base.places, ctx.seed, ctx.round)
+        chosen, places = self.choose(base.places.usual, ctx.seed, ctx.round), base.places.parameters()
         params = []
         for name, tensor in base.parameters():
-            place, which = base.places.parameters()[name]
-            if place.name in chosen:
+            place, which = places.get(name, (None, ""))
+            if place is not None and place.name in chosen:
                 params.append(
                     Param(
                         name,
