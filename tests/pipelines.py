@@ -37,8 +37,8 @@ def stable_diffusion(folder: Path, seed: int = 0) -> Path:
         block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=12, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=12,
-        max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        vocab_size=len(words), hidden_size=12, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=12, max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id)  # fmt: skip
     text = CLIPTextModel(config)
     for module in (unet, codec, text):  # biases and norms away from zero and one, so that no mistake hides behind them

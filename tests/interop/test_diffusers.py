@@ -8,16 +8,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pipelines import stable_diffusion  # noqa: E402
-from tiny import context, live, seed, shake  # noqa: E402
+from pipelines import stable_diffusion
+from tiny import context, live, seed, shake
 
-from temperament.bases.load import load  # noqa: E402
-from temperament.bases.probe import Answer, question  # noqa: E402
-from temperament.delta import Delta  # noqa: E402
-from temperament.delta.diffusers_format import FILE, write_diffusers_lora  # noqa: E402
-from temperament.engine.denoise import Sampler, denoise  # noqa: E402
-from temperament.errors import UserError  # noqa: E402
-from temperament.run.export import export_delta, reloaded, reread, save_delta, write  # noqa: E402
+from temperament.bases.load import load
+from temperament.bases.probe import Answer, question
+from temperament.delta import Delta
+from temperament.delta.diffusers_format import FILE, write_diffusers_lora
+from temperament.engine.denoise import Sampler, denoise
+from temperament.errors import UserError
+from temperament.run.export import export_delta, reloaded, reread, save_delta, write
 
 pytest.importorskip("diffusers")
 PROMPTS = ["a dog", "a tan goat on a bed"]
@@ -123,7 +123,8 @@ def test_a_lora_that_diffusers_wrote_is_read(base, folder, delta, start, tmp_pat
     pipe = pipeline(folder)
     pipe.load_lora_weights(tmp_path / "ours")
     want = paint(pipe, start)
-    layers = {k: get_peft_model_state_dict(m, adapter_name="default_0") for k, m in (("unet", pipe.unet), ("text", pipe.text_encoder))}
+    both = {"unet": pipe.unet, "text": pipe.text_encoder}
+    layers = {k: get_peft_model_state_dict(m, adapter_name="default_0") for k, m in both.items()}
     half = {k: v / 2 if "lora_B" in k else v for k, v in layers["unet"].items()}  # with the other half in alpha
     told = {"unet_lora_adapter_metadata": {"r": 2, "lora_alpha": 4, "alpha_pattern": {}, "use_rslora": False}}
     StableDiffusionPipeline.save_lora_weights(tmp_path / "theirs", half, layers["text"], **told)

@@ -46,7 +46,9 @@ def not_diffusers(delta: Delta) -> str:
     return ""
 
 
-def write_diffusers_lora(delta: Delta, folder: str | Path, *, unet: bool = True, base: str = "", overwrite: bool = False) -> None:
+def write_diffusers_lora(
+    delta: Delta, folder: str | Path, *, unet: bool = True, base: str = "", overwrite: bool = False
+) -> None:
     """unet: is the denoiser a U-Net, or a transformer? base: the name of what it was made on."""
     tensors: dict[str, Tensor] = {}
     for name, low in _factors(delta).items():

@@ -39,7 +39,8 @@ def rare_ids(tokenizer: Any) -> dict[str, int]:
         if not low <= i < high or i in special or len(token) > LONGEST + len("</w>"):
             continue
         word = tokenizer.decode([i]).strip()
-        if 0 < len(word) <= LONGEST and word.isascii() and word.isalpha() and word == word.lower() and _alone(tokenizer, word, i):
+        plain = 0 < len(word) <= LONGEST and word.isascii() and word.isalpha() and word == word.lower()
+        if plain and _alone(tokenizer, word, i):
             found.setdefault(word, i)
     return found
 

@@ -1,8 +1,8 @@
 """What leaves the house: an adapter others can load, a merged model, a delta - each reloaded in a fresh process and compared.
 
-    adapter    PEFT's layout, or diffusers' for a pipeline, when the whole change is low-rank; else refused with what to do instead
-    merged     a model or pipeline folder for from_pretrained, tokenizer and template with it, in the precision the base is stored in
-    delta      safetensors + delta.json: any change, exactly
+adapter    PEFT's layout, of a pipeline diffusers', when the whole change is low-rank; else refused with what to do instead
+merged     a model or pipeline for from_pretrained, tokenizer and template with it, in the precision the base is stored in
+delta      safetensors + delta.json: any change, exactly
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DreamBooth: two kinds of rows with counts of their own, pictures the base makes once, rare words, what the ledger says of it."""
+"""DreamBooth: two kinds of rows with counts of their own, pictures the base makes once, rare words, what the ledger says."""
 
 import secrets
 
@@ -10,7 +10,6 @@ from tiny import context, gradients, live, seed, shake, views
 from temperament import parts
 from temperament.bases import train_diffusion as lab
 from temperament.bases.worlds import sprites
-from temperament.engine.measure import System
 from temperament.engine.rare import LONGEST, rare_ids, rare_words
 from temperament.errors import UserError
 
@@ -172,7 +171,8 @@ def test_rare_words_obey_the_rule_and_nothing_else_is_returned(made):
 
 
 def test_lab_tokenizers_hold_rare_words():
-    assert {"sks", "zwx", "qvo"} <= set(rare_ids(lab.tokenizer())) and not set(rare_ids(lab.tokenizer())) & set(sprites.vocabulary())
+    found = set(rare_ids(lab.tokenizer()))
+    assert {"sks", "zwx", "qvo"} <= found and not found & set(sprites.vocabulary())
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_run_resumes_to_the_bit_in_the_middle(base, tmp_path):
     from temperament.run.tune import tune
 
     recipe = {
-        "base": "lab/unet", "check": False, "evaluation": {"items": 2, "keep": False, "base": False, "suites": [], "diagnose": []},
+        "base": "lab/unet", "check": False, "evaluation": {"items": 2, "keep": False, "base": False, "diagnose": []},
         "steps": [{"name": "dream", "ledger": False, "train": {
             "source": {NAME: {"of": {"data.sprite_subject": {}}, "noun": "cross", "count": 3, "sampler": QUICK}},
             "objective": "objectives.diffusion.denoise", "trainable": {"adapters.lora": {"rank": 2}},

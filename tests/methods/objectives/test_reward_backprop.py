@@ -1,4 +1,4 @@
-"""Gradients of rewards through the sampler: closed form of a linear chain, truncation, recomputation, any split; the rewards."""
+"""Gradients of rewards through the sampler: closed form of a linear chain, truncation, recomputation, any split; rewards."""
 
 import pytest
 import torch
@@ -83,7 +83,8 @@ def base(request):
 
 def trained(base):
     """A few tensors of every kind, the text encoder's among them."""
-    names = [n for n, p in base.parameters() if n.endswith("weight") and ("attn" in n or "conv_out" in n or "proj_out" in n)][:6]
+    inside = ("attn", "conv_out", "proj_out")
+    names = [n for n, _ in base.parameters() if n.endswith("weight") and any(k in n for k in inside)][:6]
     names += [n for n, _ in base.parameters() if n.startswith("text_encoder/") and n.endswith("q_proj.weight")][:1]
     known = dict(base.parameters())
     from temperament.train.live import Live
@@ -128,7 +129,7 @@ def test_how_many_steps_are_kept_is_drawn_by_address():
     assert all(abs(drawn.count(k) / 300 - 0.2) < 0.12 for k in range(5))
     assert {objective(least=2, most=2).kept(s, k) for k in range(9)} == {2}
     for bad in ({"least": 5}, {"most": 9}, {"rewards": []}, {"weights": [1.0, 2.0]}):
-        with pytest.raises(UserError, match="rewards|least"):
+        with pytest.raises(UserError, match=r"rewards|least"):
             objective(**bad)
 
 

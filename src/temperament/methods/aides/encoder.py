@@ -33,8 +33,9 @@ class Encoder:
 
         base = _loaded(self.model)
         size = size_of(base)
-        fitted = requests if tuple(requests.shape[-2:]) == size else F.interpolate(requests, size, mode="bilinear", antialias=True)
-        return F.normalize(torch.cat([features(base.model, base, some) for some in fitted.split(self.batch)]), dim=1)
+        if tuple(requests.shape[-2:]) != size:
+            requests = F.interpolate(requests, size, mode="bilinear", antialias=True)
+        return F.normalize(torch.cat([features(base.model, base, some) for some in requests.split(self.batch)]), dim=1)
 
 
 @lru_cache(maxsize=2)

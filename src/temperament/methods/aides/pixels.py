@@ -15,7 +15,8 @@ from temperament.parts import part
 class Pixels:
     """Features of a picture without any model: its thumbnail and its colours, each of length 1, side by side.
 
-        f(x) = [ t / |t|, h / |h| ] / sqrt 2      t: (3, side, side) means of cells, less their mean; h: bins^3 soft counts of colours
+        f(x) = [ t / |t|, h / |h| ] / sqrt 2      t: (3, side, side) means of cells, less their mean
+                                                  h: bins^3 soft counts of colours
 
     It sees composition and palette, nothing of what is shown: enough to tell one subject's photos from another's in one
     setting, no judge of a likeness. Name an encoder (`aides.encoder`) where there is one."""

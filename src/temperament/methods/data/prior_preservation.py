@@ -131,7 +131,8 @@ class _Both:
         sampler = getattr(spec.sampler, "sampler", None)
         hooks = spec.sampler.hooks(ctx.base) if spec.sampler is not None else ()
         seed = draws.key(ctx.seed, "prior preservation", ctx.round) & 0x7FFFFFFF
-        paint = lambda _, rows: denoise(ctx.base, rows.captions, sampler, seed=seed, ids=rows.examples.cpu(), hooks=hooks).pixels
+        how = {"seed": seed, "hooks": hooks}
+        paint = lambda _, rows: denoise(ctx.base, rows.captions, sampler, ids=rows.examples.cpu(), **how).pixels
         whole = Captions(torch.arange(len(said)), said)
         return (ctx.views.precompute(spec.version, whole, paint) * 255).round().to(torch.uint8)
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temperament.engine.denoise import denoise
 from temperament.engine.measure import System, content_key
 from temperament.engine.pictures import png
 from temperament.parts import part
 from temperament.protocols import Outcome
 
-ASKED = ("", "a dog", "a house by the sea", "a portrait of a woman", "a red car", "a bowl of fruit", "a city at night", "a tree")
+ASKED = ("", "a dog", "a house by the sea", "a portrait of a woman", "a red car", "a bowl of fruit", "a city", "a tree")
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class KeepPictures:
         agreement_i = 1 - |y_i - x_i|^2 / D, cut to 0..1      x_i the base's picture, y_i the tuned model's; D the mean of
                                                               |x_i - x_j|^2 over pairs of the base's
 
-    The base's pictures are made once and kept in the user's cache. 1 is the same picture, 0 one as unlike as any other: retention on any generator, with no benchmark at hand. It is strict,
-    as a picture that is as good but another one counts as lost. Captions whose words the tokenizer does not know are left
-    out, down to no caption at all."""
+    1 is the same picture, 0 one as unlike as any other: retention on any generator, with no benchmark at hand. It is strict,
+    as a picture that is as good but another one counts as lost. The base's pictures are made once and kept in the user's
+    cache. Captions whose words the tokenizer does not know are left out, down to no caption at all."""
 
     items: int = 16  # pictures the base makes
     captions: list[str] = field(default_factory=lambda: list(ASKED))  # in turn

@@ -15,7 +15,7 @@ from temperament.parts import part
 @part("rewards.compressibility", papers=["064"], modalities=("image",))
 @dataclass(frozen=True)
 class Compressibility:
-    """How few bits a picture would take, as JPEG counts them before rounding: what is left of 8 x 8 blocks after a cosine transform.
+    """How few bits a picture would take, as JPEG counts them before it rounds: coefficients of 8 x 8 blocks.
 
         value = - mean over coefficients of  log2(1 + |C (x - 1/2) C^T| / step),   C the orthonormal 8 x 8 DCT
 

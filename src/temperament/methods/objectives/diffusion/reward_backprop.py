@@ -59,7 +59,8 @@ class RewardBackprop:
 
     def sampler(self, denoiser: Denoiser) -> Sampler:
         usual = Sampler.usual(denoiser.process)
-        return replace(usual, steps=self.steps, eta=self.eta, guidance=usual.guidance if self.guidance is None else self.guidance)
+        guidance = usual.guidance if self.guidance is None else self.guidance
+        return replace(usual, steps=self.steps, eta=self.eta, guidance=guidance)
 
     def kept(self, seed: int, step: int) -> int:
         """K of a training step, the same for all its rows."""
