@@ -96,7 +96,8 @@ def _read(folder: Path, spec: str, field: str, made: Callable[..., nn.Module]) -
         elif name == "tokenizer":
             processors["tokenizer"] = _tokenizer(sub, spec, field)
         else:
-            modules[COMPONENTS[name]] = made(sub, library, cls, COMPONENTS[name])
+            component = COMPONENTS[name]
+            modules[component] = made(sub, library, cls, component).requires_grad_(component != "codec")  # it never trains
     order = sorted(modules, key=lambda n: n != "denoiser")
     return {n: modules[n].eval() for n in order}, processors
 

@@ -89,7 +89,7 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
         for module in base.components.values():
             quiet_training(module)
         coupled = coupling(base)
-        before = laws.probe(base)  # what the base says before anything is attached
+        before, painted = laws.probe(base), laws.painter(base)  # what the base says before anything is attached
         players = build_players(replace(spec, micro=max(spec.micro, ROWS)), ctx, prepare=False)
         try:
             batches = first_batches(spec, ctx)
@@ -105,7 +105,7 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
                         continue
                     kinds.add((player.name, kind))
                     found += list(
-                        _player_laws(player, players, batch, ties, before, laws.TOLERANCE[dtype], coupled, seed, spec)
+                        _player_laws(player, players, batch, ties, before, painted, laws.TOLERANCE[dtype], coupled, seed, spec)
                     )
         finally:
             for player in players:
@@ -121,6 +121,7 @@ def _player_laws(
     batch: Batch,
     ties: list,
     before: Any,
+    painted: Any,
     tolerance: float,
     coupled: str,
     seed: int,
@@ -147,6 +148,9 @@ def _player_laws(
                 yield from laws.version_laws(
                     player, tokens.to(player.views.world.device), before, ties, 5 * max(tolerance, 1e-5)
                 )
+            elif painted is not None:
+                say, of_base = painted
+                yield from laws.same_laws(player, say, say, of_base, ties, 5 * max(tolerance, 1e-5))
 
 
 def _unlike(rows: Rollout, player: Player) -> Rollout:

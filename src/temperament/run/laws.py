@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from temperament.bases.probe import Answer, question
 from temperament.engine import see
 from temperament.engine.pictures import size_of
 from temperament.nn import forward, logprobs
@@ -305,15 +306,36 @@ def version_laws(
     player: Player, rows: Tokens | Images, before: tuple[Tokens | Images, Tensor], ties: list[tuple[str, ...]], tolerance: float
 ) -> Iterator[Law]:
     """before: `probe` of the base before anything was attached. The trained values must be away from their start."""
-    live, base, (tokens, of_base) = player.live, player.live.base, before
+    tokens, of_base = before
+    say = lambda rows: lambda model: logits(model, rows, player.live.base)
+    yield from same_laws(player, say(tokens), say(rows), of_base, ties, tolerance)
+
+
+@torch.no_grad()
+def painter(base: Any) -> tuple[Any, Tensor] | None:
+    """(what a generator is asked, what the pure base makes of it); None where the base makes no pictures."""
+    if "denoiser" not in base.components:
+        return None
+    asked, answer = question(base), Answer(base)
+    say = lambda model: answer(**asked)
+    with base.at("base") as model:
+        return say, say(model)
+
+
+@torch.no_grad()
+def same_laws(
+    player: Player, say: Any, also: Any, of_base: Tensor, ties: list[tuple[str, ...]], tolerance: float
+) -> Iterator[Law]:
+    """say(model), also(model): what a version makes of some rows; of_base: what the pure base said of the first."""
+    live, base = player.live, player.live.base
     apart = lambda x, y: float((x - y).abs().max()) / (float(y.abs().max()) or 1.0)
     with live.at("base") as model:
-        yield Law("off = base", apart(logits(model, tokens, base), of_base), 0.0, "bit for bit")
+        yield Law("off = base", apart(say(model), of_base), 0.0, "bit for bit")
     with live.at("start") as model:
         marked = "start" in live.versions  # an adapter that moved weight into itself is the base up to rounding
         yield Law(
             "start = base",
-            apart(logits(model, tokens, base), of_base),
+            apart(say(model), of_base),
             tolerance if marked else 0.0,
             "the version `start` before the first step",
         )
@@ -324,13 +346,13 @@ def version_laws(
     if kept:
         yield not_asked("merged = unmerged", f"what this adds merges {' and '.join(kept)}")
         return
-    on = logits(live.model, rows, base)
+    on = also(live.model)
     with live.at("base") as model:
-        moved = apart(logits(model, rows, base), on)
+        moved = apart(also(model), on)
     with live.at("base") as model, delta.applied(base.components):
         yield Law(
             "merged = unmerged",
-            apart(logits(model, rows, base), on),
+            apart(also(model), on),
             tolerance,
             f"after a change that moves logits by {moved:.2g} of their size",
         )
