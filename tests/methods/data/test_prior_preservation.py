@@ -10,6 +10,7 @@ from tiny import context, gradients, live, seed, shake, views
 from temperament import parts
 from temperament.bases import train_diffusion as lab
 from temperament.bases.worlds import sprites
+from temperament.engine.measure import System
 from temperament.engine.rare import LONGEST, rare_ids, rare_words
 from temperament.errors import UserError
 
@@ -262,3 +263,29 @@ def test_a_run_resumes_to_the_bit_in_the_middle(base, tmp_path):
     hear = lambda event, **data: painted.append(data) if event == "phase" and data.get("name") == "prior" else None
     again = tune(recipe, tmp_path / "cut", base=lab.fresh("unet", 3), resume=True, tell=hear)
     assert whole.delta.digest == again.delta.digest and not painted
+
+
+def test_what_a_generator_keeps_is_measured_on_its_own_pictures(base):
+    from temperament.parts import build
+
+    ctx = context(base)
+    (skill,) = build({"evaluate.keep_pictures": {"items": 4, "captions": ["a red cross on navy", "no such words"]}}).skills(ctx)
+    assert set(skill.captions) == {"a red cross on navy"} and skill.made.shape == (4, 3, 16, 16)
+    system = System(base, seed=ctx.seed)
+    assert [o.score for o in skill.measure(system)] == [1.0] * 4  # the base keeps all of itself
+    far = Painter(skill.made.roll(1, 0))
+    assert np.mean([o.score for o in skill.measure(far)]) < 0.5  # another picture of the same caption keeps little
+    flat = skill.made.flatten(1)
+    pairs = [float((flat[i] - flat[j]).square().mean()) for i in range(4) for j in range(4) if i != j]
+    assert skill.spread == pytest.approx(np.mean(pairs), rel=1e-3)
+    assert skill.some(2).key() != skill.key()
+
+
+def test_rewards_are_measured_as_they_are(base):
+    ctx = context(base)
+    ctx.items = 8
+    reward, variety = parts.build({"evaluate.rewarded": {"reward": "rewards.brightness", "captions": ["a", "b"]}}).skills(ctx)
+    pixels = torch.rand(8, 3, 16, 16)
+    said = [o.score for o in reward.measure(Painter(pixels))]
+    assert said == pytest.approx(parts.build("rewards.brightness").value(pixels, [""] * 8).tolist())
+    assert reward.role == "target" and variety.captions == ("a", "b") * 4

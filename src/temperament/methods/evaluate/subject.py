@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from temperament.engine.measure import System, content_key
 from temperament.engine.pictures import png, size_of
 from temperament.errors import UserError
+from temperament.methods.evaluate._painted import VarietySkill, painted
 from temperament.parts import build, part, plain
 from temperament.protocols import Aide, Gallery, Outcome
 
@@ -48,65 +47,6 @@ class SubjectSkill:
             Outcome(f"{self.name}/{i}", self.name, c, wanted, f"likeness {float(x):.2f}", float(s), extra={"image": png(p)})
             for i, (c, x, s, p) in enumerate(zip(self.captions, like, score, pixels, strict=True))
         ]
-
-
-@dataclass(frozen=True)
-class VarietySkill:
-    """How far apart pictures of one caption are."""
-
-    name: str
-    captions: tuple[str, ...]
-    role: str = "retained"
-    metric: str = "DIV"
-    distance: str | None = None
-    how = {"unit": "rms"}
-
-    def key(self) -> str:
-        return content_key("variety", self.name, self.captions)
-
-    def some(self, n: int) -> VarietySkill:
-        return replace(self, captions=self.captions[:n])
-
-    def measure(self, system: System) -> list[Outcome]:
-        pixels = painted(self, system)
-        seen = [_thumbnail(p) for p in pixels]
-        far, pair = _distances(seen, self.captions)
-        apart = (far * pair).sum(1) / pair.sum(1).clip(min=1)
-        return [
-            Outcome(f"{self.name}/{i}", self.name, c, output=f"{s:.3f} from the others", score=float(s),
-                    extra={"image": png(p), "seen": seen[i]})
-            for i, (c, s, p) in enumerate(zip(self.captions, apart, pixels, strict=True))
-        ]  # fmt: skip
-
-    def of_set(self, outcomes: Sequence[Outcome]) -> Callable[[np.ndarray], float]:
-        """The mean over pairs of one caption, of any resampled rows; an item beside itself is no pair."""
-        far, pair = _distances([o.extra["seen"] for o in outcomes], [o.prompt for o in outcomes])
-
-        def value(rows: np.ndarray) -> float:
-            here = pair[np.ix_(rows, rows)]
-            return float((far[np.ix_(rows, rows)] * here).sum() / max(here.sum(), 1))
-
-        return value
-
-
-def painted(skill: Any, system: System) -> Tensor:
-    """Noise of its own for each row, other than that of the first rows of every other skill."""
-    ids = torch.arange(len(skill.captions)) + int(content_key(skill.name)[:6], 16)
-    return system.paint(list(skill.captions), ids)
-
-
-def _thumbnail(pixels: Tensor, side: int = 8) -> list[float]:
-    """(3 * side * side,): what of a picture is kept in the ledger to be compared."""
-    small = torch.nn.functional.adaptive_avg_pool2d(pixels, min(side, *pixels.shape[1:]))
-    return [round(v, 4) for v in small.flatten().tolist()]
-
-
-def _distances(seen: Sequence[Sequence[float]], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, rows): root mean squares, and which two are pictures of one caption."""
-    flat = np.array(seen)
-    far = np.sqrt(np.square(flat[:, None] - flat[None]).mean(-1))
-    same = np.array([[a == b for b in captions] for a in captions])
-    return far, same & ~np.eye(len(flat), dtype=bool)
 
 
 @part("evaluate.subject", papers=["274"], modalities=("image",))
@@ -147,6 +87,5 @@ class SubjectSuite:
         if self.prior:
             prior = [fill(c, ctx.base) for c in self.prior]
             made.append(SubjectSkill("class", in_turn(prior), pixels, aide, "retained", "1 - PRES", sign=-1, distance="near"))
-            few = prior[: max(n // 4, 1)]  # of each caption several
-            made.append(VarietySkill("variety", tuple(few[i % len(few)] for i in range(n))))
+            made.append(VarietySkill.of(prior, n))
         return made
