@@ -118,8 +118,8 @@ class _Both:
         if not self.ctx.key:
             shown = self.subject.pictures
             return [replace(shown[i % len(shown)], caption=c, prior=True) for i, c in enumerate(said)]
-        made = self._kept() if self._file and self._file.exists() else None
-        if made is None:
+        made, world = self._kept(), self.ctx.world
+        if world.total({"kept": float(made is not None)})["kept"] < world.size:  # painting takes all processes
             made = self._paint(said)
             self._keep(made)
         return [Picture(made[i], c, id=f"prior/{i}", prior=True) for i, c in enumerate(said)]
@@ -141,6 +141,8 @@ class _Both:
         return self.ctx.folder / "prior.safetensors" if self.ctx.folder is not None else None
 
     def _kept(self) -> Tensor | None:
+        if self._file is None or not self._file.exists():
+            return None
         with safe_open(self._file, "pt") as f:
             return f.get_tensor("pixels") if f.metadata().get("key") == self.ctx.key else None
 
