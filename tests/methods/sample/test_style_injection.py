@@ -69,7 +69,7 @@ def test_the_attention_is_that_of_the_formula(pictures):
     base, (style, content, _) = small("unet", 2), pictures
     part = StyleInjection(style, content, gamma=0.6, temperature=1.7)
     hook, seen = part.hooks(base)[0], {}
-    assert [s.name.split(".")[0] for s in hook.sites] == ["denoiser/up_blocks"] * 2 and not any(s.cross for s in hook.sites)
+    assert [s.name.split(".")[0] for s in hook.sites] == ["denoiser/up_blocks"] * 3 and not any(s.cross for s in hook.sites)
 
     class Look(Hook):
         def begin(self, state):
