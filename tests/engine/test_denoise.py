@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from temperament.bases import train_diffusion as lab
-from temperament.engine.denoise import Denoiser, Hook, Sampler, covered, denoise, logp, move
+from temperament.engine.denoise import Denoiser, Hook, Sampler, _undone, covered, denoise, invert, logp, move
 from temperament.engine.noise import Diffusion, Flow, process_of
 from temperament.nn.batch import Images
 
 diffusers = pytest.importorskip("diffusers")
 DIFFUSION = lab.SCHEDULERS["unet"]
+PREDICTS = ("epsilon", "v_prediction", "sample")
 
 
 @pytest.fixture(scope="module", params=["unet", "flow"])
@@ -133,3 +134,73 @@ def test_only_the_last_steps_keep_their_graph(base):
 class _Keeper(Hook):
     def estimated(self, state):
         self.x = state.before.clone()
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_a_path_is_walked_back(predicts):
+    """Sampled, undone, sampled again; and unrefined, one step back is that of diffusers."""
+    base = lab.fresh("unet", 4)
+    base.processors["scheduler"] = config = {**DIFFUSION, "prediction_type": predicts}
+    made = denoise(base, [""] * 2, Sampler(4, 0.0, 1.0), seed=6)
+    start = invert(base, made.latents, steps=4, refine=12)
+    again = denoise(base, [""] * 2, Sampler(4, 0.0, 1.0), start=start)
+    torch.testing.assert_close(again.latents, made.latents, rtol=1e-3, atol=1e-3)
+    if predicts == "epsilon":
+        theirs = diffusers.DDIMInverseScheduler.from_config({**config, "timestep_spacing": "trailing"})
+        theirs.set_timesteps(4)
+        x, denoiser = torch.randn(2, 3, 16, 16), Denoiser.of(base)
+        back, times = [], denoiser.process.grid(4)
+        with torch.no_grad():
+            read = denoiser.encode([""] * 2)
+            want = theirs.step(denoiser(x, times[1].expand(2), read), int(times[1]), x).prev_sample
+        got = _undone(denoiser, x, times[1], times[2], read, 0)
+        torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-4)
+        invert(base, x, steps=4, tell=back.append)
+        assert back == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("process", [*(process_of({**DIFFUSION, "prediction_type": p}) for p in PREDICTS), Flow()])
+def test_a_step_is_undone(process):
+    """Of a network that is a contraction, whatever it says: the step there and back."""
+
+    class Contraction:
+        def __call__(self, x, t, conditions):
+            return 0.9 * torch.tanh(x) if getattr(process, "predicts", "") == "sample" else 0.1 * torch.sin(x)
+
+    net, (x,) = Contraction(), torch.randn(1, 2, 3, 4, 4)
+    net.process, times = process, process.grid(6)
+    for i in (1, 3, 5):
+        now, then = times[i : i + 2]
+        after, _ = move(process, x, process.clean(net(x, now, {}), x, now.expand(2)), now, then, 0.0)
+        back = _undone(net, after, now, then, {}, 200)
+        again, _ = move(process, back, process.clean(net(back, now, {}), back, now.expand(2)), now, then, 0.0)
+        torch.testing.assert_close(again, after, rtol=1e-3, atol=1e-3)
+
+
+def test_a_flow_is_walked_back():
+    base = lab.fresh("flow", 4)
+    made = denoise(base, ["a red cross"], Sampler(3, 0.0, 1.0), seed=6)
+    start = invert(base, made.latents, ["a red cross"], 3, refine=30)
+    torch.testing.assert_close(start, Denoiser.of(base).process.start(_noise(1, 6)), rtol=1e-2, atol=1e-2)
+
+
+def _noise(rows, seed):
+    from temperament.nn import draws
+
+    return draws.normal(seed, "denoise/start", 0, torch.arange(rows), (3, 16, 16))
+
+
+def test_rows_chosen_anew_take_their_past_along(base):
+    class Swap(Hook):
+        def estimated(self, state):
+            if state.step == 2:
+                state.select(torch.tensor([1, 1]))
+
+    captions, how = ["a red cross", "a blue disc"], Sampler(4, 1.0, 2.0)
+    plain = denoise(base, captions, how, seed=1, record=True).chain
+    made = denoise(base, captions, how, seed=1, record=True, hooks=[Swap()])
+    assert made.chain.captions == ["a blue disc"] * 2
+    for row in (0, 1):
+        assert torch.equal(made.chain.decisions[row, :2], plain.decisions[1, :2])
+    torch.testing.assert_close(made.chain.decisions[1], plain.decisions[1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(made.chain.decisions[0, 2], made.chain.decisions[1, 2])  # noise stays with the place

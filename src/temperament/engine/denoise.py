@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -175,9 +175,9 @@ class Sampler:
 
 @dataclass
 class State:
-    """Where the loop stands; hooks may change what they like. time, then: of this step, (); clean: the estimate x^ of it;
-    before: what it began from, mean and spread: what x was drawn from; picked: rows of the last step these rows come from,
-    where a hook has resampled."""
+    """Where the loop stands; hooks may change what they like, `sampler` (but for its steps) when they begin. time, then: of
+    this step, (); clean: the estimate x^ of it; before: what it began from, mean and spread: what x was drawn from. placed:
+    was the start given rather than drawn? trail: (before, x, was it drawn?) of the steps so far, where they are recorded."""
 
     denoiser: Denoiser
     x: Tensor
@@ -187,11 +187,15 @@ class State:
     times: Tensor
     seed: int
     draw: int
+    sampler: Sampler
+    placed: bool = False
     step: int = 0
     clean: Tensor | None = None
     before: Tensor | None = None
     mean: Tensor | None = None
     spread: float = 0.0
+    trail: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    _read: dict[tuple, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def time(self) -> Tensor:
@@ -205,12 +209,23 @@ class State:
         """Normal draws like x, addressed by (seed, purpose, draw, row's id)."""
         return draws.normal(self.seed, f"denoise/{purpose}", self.draw, self.ids, tuple(self.x.shape[1:])).to(self.x)
 
+    def read(self, version: Any = None, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """What a version of the model reads of these captions, by default those of the rows."""
+        captions = tuple(self.captions if captions is None else captions)
+        if (id(version), captions) not in self._read:
+            reader = self.denoiser if version is None else Denoiser(self.denoiser.base, version)
+            with reader.active():
+                self._read[id(version), captions] = version, reader.encode(captions)
+        return self._read[id(version), captions][1]
+
     def select(self, rows: Tensor) -> None:
-        """These rows of all that is row by row, in this order; their ids, which address draws, stay with the places."""
+        """These rows of all that is row by row, in this order: repeated or left out at will. Their ids, which address draws,
+        stay with the places; give them anew where the number of rows changes."""
         take = lambda v: v[rows.to(v.device)] if isinstance(v, Tensor) else v
         self.x, self.clean, self.before, self.mean = map(take, (self.x, self.clean, self.before, self.mean))
         self.captions = [self.captions[i] for i in rows.tolist()]
         self.conditions = {k: take(v) for k, v in self.conditions.items()}
+        self.trail = [(take(a), take(b), drawn) for a, b, drawn in self.trail]
 
 
 class Hook:
@@ -239,13 +254,16 @@ class Made:
     chain: Chain | None = None  # the steps as decisions, where they were recorded
 
 
-def guided(predict: Callable, nothing: dict[str, Tensor], scale: float) -> Callable:
-    """u + scale (c - u): both in one call of twice the rows."""
-    if scale == 1 or not nothing:
+def guided(predict: Callable, nothing: Callable[[Any], dict[str, Tensor]], scale: float) -> Callable:
+    """u + scale (c - u): both in one call of twice the rows. nothing: what a version reads of no caption."""
+    if scale == 1:
         return predict
 
     def both(x: Tensor, t: Tensor, conditions: dict[str, Tensor], version: Any = None) -> Tensor:
-        cond = {k: torch.cat([v, nothing[k].expand_as(v)]) for k, v in conditions.items()}
+        if not conditions:
+            return predict(x, t, conditions, version)
+        unread = nothing(version)
+        cond = {k: torch.cat([v, unread[k].expand_as(v)]) for k, v in conditions.items()}
         said, unsaid = predict(torch.cat([x, x]), torch.cat([t, t]), cond, version).chunk(2)
         return unsaid + scale * (said - unsaid)
 
@@ -274,14 +292,16 @@ def denoise(
     ids = torch.arange(len(captions)) if ids is None else ids
     times = process.grid(sampler.steps).to(denoiser.device)
     with denoiser.active():
+        state = State(denoiser, torch.empty(len(ids), *denoiser.shape, device=denoiser.device), list(captions), ids, {}, times,
+                      seed, draw, sampler, start is not None)  # fmt: skip
         with torch.set_grad_enabled(keep > 0):
-            conditions = denoiser.encode(captions)
-            nothing = denoiser.encode([""]) if sampler.guidance != 1 else {}
-        state = State(denoiser, torch.empty(len(ids), *denoiser.shape, device=denoiser.device), list(captions), ids, conditions,
-                      times, seed, draw)  # fmt: skip
+            state.conditions = state.read()
         state.x = process.start(state.noise("start")) if start is None else start.to(denoiser.device)
         for hook in hooks:
             hook.begin(state)
+        if state.sampler.guidance != 1:
+            with torch.set_grad_enabled(keep > 0):
+                state.read(captions=[""])
 
         def call(x: Tensor, t: Tensor, conditions: dict[str, Tensor], version: Any = None) -> Tensor:
             one = denoiser if version is None else Denoiser(denoiser.base, version)
@@ -289,33 +309,32 @@ def denoise(
                 return recomputed(one, x, t, conditions)
             return one(x, t, conditions)
 
-        predict = guided(call, nothing, sampler.guidance)
+        predict = guided(call, lambda version: state.read(version, [""]), state.sampler.guidance)
         for hook in hooks:
             predict = hook.around(predict)
-        rows: list[tuple[Tensor, Tensor, float]] = []
         for state.step in range(sampler.steps):
             with torch.set_grad_enabled(state.step >= sampler.steps - keep):
-                _step(state, predict, sampler, hooks)
+                _step(state, predict, hooks)
             if record:
-                rows.append((state.before.detach(), state.x.detach(), float(state.spread > 0)))
+                state.trail.append((state.before.detach(), state.x.detach(), float(state.spread > 0)))
     for hook in hooks:
         hook.end(state)
     with torch.set_grad_enabled(keep > 0), denoiser.active():
         # A codec's activations at full size are the largest of all.
         through = checkpoint and keep > 0 and "codec" in denoiser.base.components
         pixels = recomputed(denoiser.pixels, state.x) if through else denoiser.pixels(state.x)
-    chain = _recorded(rows, state) if record else None
+    chain = _recorded(state) if record else None
     return Made(pixels if keep else pixels.clamp(0, 1), state.x, chain)
 
 
-def _step(state: State, predict: Callable, sampler: Sampler, hooks: Sequence[Hook]) -> None:
+def _step(state: State, predict: Callable, hooks: Sequence[Hook]) -> None:
     process, x = state.denoiser.process, state.x if torch.is_grad_enabled() else state.x.detach()
     state.before = x
     now = state.time.expand(len(x))
     state.clean = process.clean(predict(x, now, state.conditions), x, now)
     for hook in hooks:
         hook.estimated(state)
-    state.mean, state.spread = move(process, state.before, state.clean, state.time, state.then, sampler.eta)
+    state.mean, state.spread = move(process, state.before, state.clean, state.time, state.then, state.sampler.eta)
     state.x = state.mean + state.spread * state.noise(f"step/{state.step}") if state.spread > 0 else state.mean
     for hook in hooks:
         hook.stepped(state)
@@ -332,12 +351,61 @@ def move(process: Process, x: Tensor, clean: Tensor, time: Tensor, then: Tensor,
     return a2 * clean + (certain * (x - a * clean) / s if certain else 0.0), c
 
 
+# ---- the way back ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def invert(
+    model: Any,
+    latents: Tensor,
+    captions: Sequence[str] | None = None,
+    steps: int = 50,
+    *,
+    refine: int = 0,
+    tell: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """The start from which certain sampling (eta 0, guidance 1) of so many steps makes these latents (rows, C, H, W).
+
+    Each step x' = A x + B x^(x, t) is undone with the network asked, at its noisier time t, about the x' at hand (DDIM inversion,
+    as in diffusers); `refine` more times about the x that was found, which converges to the exact inverse. captions: default
+    none. tell(step): the number of the step in sampling that is about to be undone."""
+    denoiser = Denoiser.of(model)
+    process, x = denoiser.process, latents.to(denoiser.device)
+    if process.renoises:
+        mend = "a consistency model forgets the noise it began from; use one of diffusion or flow"
+        raise UserError("base", denoiser.base.id, mend)
+    times = process.grid(steps).to(denoiser.device)
+    with denoiser.active():
+        conditions = denoiser.encode([""] * len(x) if captions is None else captions)
+        for step in reversed(range(steps)):
+            tell(step)
+            x = _undone(denoiser, x, times[step], times[step + 1], conditions, refine)
+    return x
+
+
+def _undone(
+    denoiser: Denoiser, after: Tensor, time: Tensor, then: Tensor, conditions: dict[str, Tensor], refine: int
+) -> Tensor:
+    """x before the step that led from `time` to `then`. The estimate is affine, x^ = c x + d out, so is the step."""
+    process, now = denoiser.process, time.expand(len(after))
+    (a, s), (a2, s2) = ([float(v) for v in process.scales(t)] for t in (time, then))
+    one, none = torch.ones(1, 1, 1, 1, device=after.device), torch.zeros(1, 1, 1, 1, device=after.device)
+    c, d = float(process.clean(none, one, time[None])), float(process.clean(one, none, time[None]))
+    says_picture = c == 0  # such a network is read as one that says the noise
+    slope, gain = (a2 / a, s2 - a2 * s / a) if says_picture else (s2 / s + (a2 - s2 * a / s) * c, (a2 - s2 * a / s) * d)
+    x = after
+    for _ in range(refine + 1):
+        out = denoiser(x, now, conditions)
+        x = (after - gain * ((x - a * out) / s if says_picture else out)) / slope
+    return x
+
+
 # ---- chains as decisions ---------------------------------------------------------------------------------------------------
 
 
-def _recorded(rows: list[tuple[Tensor, Tensor, float]], state: State) -> Chain:
-    before, after = (torch.stack([r[i] for r in rows], 1).cpu() for i in (0, 1))
-    weights = torch.tensor([r[2] for r in rows]).expand(len(before), -1).clone()
+def _recorded(state: State) -> Chain:
+    before, after = (torch.stack([r[i] for r in state.trail], 1).cpu() for i in (0, 1))
+    weights = torch.tensor([r[2] for r in state.trail]).expand(len(before), -1).clone()
     times = torch.stack([state.times[:-1], state.times[1:]], -1).cpu().expand(len(before), -1, -1).clone()
     return Chain(before, after, weights, times, list(state.captions))
 
@@ -350,7 +418,7 @@ def logp(model: Any, chain: Chain, sampler: Sampler | None = None) -> Tensor:
     with denoiser.active():
         conditions = denoiser.encode(chain.captions)
         nothing = denoiser.encode([""]) if sampler.guidance != 1 else {}
-        predict = guided(lambda x, t, c, version=None: denoiser(x, t, c), nothing, sampler.guidance)
+        predict = guided(lambda x, t, c, version=None: denoiser(x, t, c), lambda version: nothing, sampler.guidance)
         found = []
         for i in range(chain.before.shape[1]):
             x, time, then = chain.before[:, i], chain.times[0, i, 0], chain.times[0, i, 1]
