@@ -144,7 +144,7 @@ def test_a_path_is_walked_back(predicts):
     made = denoise(base, [""] * 2, Sampler(4, 0.0, 1.0), seed=6)
     start = invert(base, made.latents, steps=4, refine=12)
     again = denoise(base, [""] * 2, Sampler(4, 0.0, 1.0), start=start)
-    torch.testing.assert_close(again.latents, made.latents, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again.latents, made.latents, rtol=1e-2, atol=5e-3)
     if predicts == "epsilon":
         theirs = diffusers.DDIMInverseScheduler.from_config({**config, "timestep_spacing": "trailing"})
         theirs.set_timesteps(4)

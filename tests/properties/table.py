@@ -80,6 +80,7 @@ TABLE: dict[str, list[dict]] = {
     "decode.second_turn": [{}],
     "decode.conjugate_prompt": [{}, {"rewrite": [["add (.*)", "the sum of \\1"]], "form": "mirror"}],
     "decode.ftc_scaling": [{}, {"alpha": 0.75}],
+    "sample.rl_guidance": [{}, {"weight": 0.5, "alone": 2}],
     "aides.match": [{}, {"by": "number"}],
     "aides.lab_oracle": [{}],
     "aides.pixels": [{}],

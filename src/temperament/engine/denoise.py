@@ -366,9 +366,9 @@ def invert(
 ) -> Tensor:
     """The start from which certain sampling (eta 0, guidance 1) of so many steps makes these latents (rows, C, H, W).
 
-    Each step x' = A x + B x^(x, t) is undone with the network asked, at its noisier time t, about the x' at hand (DDIM inversion,
-    as in diffusers); `refine` more times about the x that was found, which converges to the exact inverse. captions: default
-    none. tell(step): the number of the step in sampling that is about to be undone."""
+    Each step x' = A x + B x^(x, t) is undone with the network asked, at its noisier time t, about the x' at hand (DDIM
+    inversion, as in diffusers); `refine` more times about the x that was found, which converges to the exact inverse.
+    captions: default none. tell(step): the number of the step in sampling that is about to be undone."""
     denoiser = Denoiser.of(model)
     process, x = denoiser.process, latents.to(denoiser.device)
     if process.renoises:
