@@ -80,6 +80,11 @@ TABLE: dict[str, list[dict]] = {
     "decode.second_turn": [{}],
     "decode.conjugate_prompt": [{}, {"rewrite": [["add (.*)", "the sum of \\1"]], "form": "mirror"}],
     "decode.ftc_scaling": [{}, {"alpha": 0.75}],
+    "decode.fk_steering": [{"reward": {"rewards.pattern": {"pattern": "a"}}, "every": 4}],
+    "sample.fk_steering": [
+        {"reward": "rewards.brightness"},
+        {"reward": "rewards.brightness", "potential": "diff", "ess": 0.5, "give": "draw"},
+    ],
     "sample.rl_guidance": [{}, {"weight": 0.5, "alone": 2}],
     "aides.match": [{}, {"by": "number"}],
     "aides.lab_oracle": [{}],

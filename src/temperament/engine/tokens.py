@@ -15,12 +15,14 @@ Several models may go in lockstep, each with its own prompts; *hooks* combine th
 object with some of these methods, called in the order of `hooks`:
 
     logits(state) -> (rows, V)       the logits to sample from (by default those of the first model)
-    on_token(state)                  after each token; `state.force(row, ids)` says what comes next (tool output, a separator)
+    on_token(state)                  after each token; `state.force(row, ids)` says what comes next (tool output, a separator),
+                                     `state.take({a: b})` that row a goes on as row b stands (particles of one prompt)
     stop(state) -> (rows,) bool      rows to end now
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,7 +74,8 @@ class Sampling:
 @dataclass
 class State:
     """What a hook sees. Its rows are those still being written; `rows` are their places in the caller's list, so a hook that
-    remembers something of each row files it under those.
+    remembers something of each row files it under those, best in a dict in `scratch`: it goes along where a row takes
+    another's place.
     """
 
     step: int
@@ -86,6 +89,8 @@ class State:
     forced: list[list[int]]
     written: Tensor  # (rows, tokens so far) long, after the forced prefixes
     _queue: dict[int, list[int]]
+    _moves: dict[int, int]
+    _run: _Run
 
     @property
     def ids(self) -> list[list[int]]:
@@ -95,6 +100,15 @@ class State:
     def force(self, row: int, ids: Sequence[int]) -> None:
         """The next tokens of `row` (an index into this state's rows) shall be these."""
         self._queue.setdefault(self.rows[row], []).extend(ids)
+
+    def everything(self) -> dict[int, list[int]]:
+        """The completions so far of all rows of this batch, ended ones too, by their places in the caller's list."""
+        return self._run.so_far(self.step)
+
+    def take(self, moves: dict[int, int]) -> None:
+        """After this token, row a shall be as row b now is, ended or not: {a: b}, places in the caller's list, of one batch and
+        one prompt. What a row draws stays with its place, so equal rows part again."""
+        self._moves.update(moves)
 
 
 class Hook(Protocol):
@@ -250,6 +264,7 @@ class _Run:
         sampling, state = self.sampling, None
         scratch: dict[str, Any] = {}
         queue: dict[int, list[int]] = {}
+        moves: dict[int, int] = {}
         if sampling.temperature > 0:
             places = self._long([len(f) for f in self.forced])[:, None] + torch.arange(sampling.max_new, device=self.device)
             uniforms = draws.uniform(seed, "sample", step, self.examples[:, None], places)
@@ -259,7 +274,7 @@ class _Run:
             logits = {name: s.logits for name, s in self.sessions.items()}
             mine = used = logits[self.first]
             if hooks:
-                state = self._state(t, logits, scratch, queue)
+                state = self._state(t, logits, scratch, queue, moves)
                 for h in with_logits:
                     used = state.chosen = h.logits(state)
             logp = mine.log_softmax(-1, dtype=torch.float32)
@@ -283,6 +298,10 @@ class _Run:
                     h.on_token(state)
                 for h in with_stop:
                     self._end(torch.as_tensor(h.stop(state), device=self.device), t, "hook")
+                if moves:
+                    self._move(moves, scratch, queue)
+                    live = self.live
+                    tokens = self.written[live, t]
             running = self.running[live]
             left = int(running.sum())
             if left == 0 or t + 1 == sampling.max_new:
@@ -296,11 +315,11 @@ class _Run:
             for s in self.sessions.values():
                 s.step(tokens)
 
-    def _state(self, t: int, logits: dict[str, Tensor], scratch: dict[str, Any], queue: dict[int, list[int]]) -> State:
+    def _state(self, t: int, logits: dict[str, Tensor], scratch: dict[str, Any], queue: dict, moves: dict) -> State:
         here = self.live.tolist()
         pick = lambda values: [values[i] for i in here]
         return State(t, pick(self.rows), self.examples[self.live], pick(self.prompts[self.first]), logits, logits[self.first],
-                     self.sessions, scratch, pick(self.forced), self.written[self.live, :t], queue)
+                     self.sessions, scratch, pick(self.forced), self.written[self.live, :t], queue, moves, self)
 
     def _take(self, queue: dict[int, list[int]], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens with those that a hook has forced in their place, and which of them were drawn."""
@@ -311,6 +330,29 @@ class _Run:
         for row in [row for row, waiting in queue.items() if not waiting]:
             del queue[row]
         return tokens, drawn
+
+    def so_far(self, t: int) -> dict[int, list[int]]:
+        lengths = [t + 1 if bool(go) else n for go, n in zip(self.running, self.lengths, strict=True)]
+        return {row: self.forced[i] + self.written[i, : lengths[i]].tolist() for i, row in enumerate(self.rows)}
+
+    def _move(self, moves: dict[int, int], scratch: dict[str, Any], queue: dict[int, list[int]]) -> None:
+        """Rows take others' places, all at once: tables, sessions and what hooks remember; an ended row may go on again."""
+        place = {row: i for i, row in enumerate(self.rows)}
+        source = self._long([place[moves.get(row, row)] for row in self.rows])
+        at = {i: k for k, i in enumerate(self.live.tolist())}
+        for name in ("written", "drawn", "logp", "sampling_logp", "running"):
+            setattr(self, name, getattr(self, name)[source])
+        for name in ("lengths", "finished", "forced", "forced_logp"):
+            setattr(self, name, [getattr(self, name)[i] for i in source.tolist()])
+        self.live = self.running.nonzero()[:, 0]
+        for s in self.sessions.values():
+            s.select([at[i] for i in source[self.live].tolist()])
+        for known in (queue, *(v for v in scratch.values() if isinstance(v, dict))):
+            taken = {a: copy.copy(known[b]) for a, b in moves.items() if b in known}
+            for a in moves:
+                known.pop(a, None)
+            known.update(taken)
+        moves.clear()
 
     def _end(self, over: Tensor, t: int, reason: Finish | None) -> None:
         """These of the live rows are complete with the token of step t; with no reason given, the token says which."""
