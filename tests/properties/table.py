@@ -85,6 +85,7 @@ TABLE: dict[str, list[dict]] = {
         {"reward": "rewards.brightness"},
         {"reward": "rewards.brightness", "potential": "diff", "ess": 0.5, "give": "draw"},
     ],
+    "sample.style_injection": [{"style": "FILE"}, {"style": "FILE", "gamma": 0.5, "adain": False}],
     "sample.rl_guidance": [{}, {"weight": 0.5, "alone": 2}],
     "aides.match": [{}, {"by": "number"}],
     "aides.lab_oracle": [{}],
