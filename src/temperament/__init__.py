@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         look,
         merge,
         plan,
+        sample,
         search,
         tune,
     )
@@ -50,6 +51,7 @@ _HERE = [
     "evaluate",
     "generate",
     "chat",
+    "sample",
     "merge",
     "search",
     "dial",
@@ -90,6 +92,7 @@ __all__ = [
     "part",
     "parts",
     "plan",
+    "sample",
     "search",
     "tune",
 ]

@@ -17,6 +17,7 @@ from temperament.run.diagnose import diagnose
 from temperament.run.evaluate import evaluate
 from temperament.run.generate import chat, generate
 from temperament.run.merging import merge
+from temperament.run.sample import sample
 from temperament.run.tune import Run
 from temperament.run.tune import tune as carry_out
 
@@ -245,6 +246,7 @@ __all__ = [
     "look",
     "merge",
     "plan",
+    "sample",
     "search",
     "tune",
 ]

@@ -36,6 +36,7 @@ VERBS = {
         "eval": "Measure what a model can do.",
         "generate": "Let a model complete prompts.",
         "chat": "Talk with a model.",
+        "sample": "Let a generator paint captions.",
         "diagnose": "Look at what tuning changed in the weights.",
     },
     "Learn": {

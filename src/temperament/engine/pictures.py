@@ -133,6 +133,23 @@ def thumbnail(pixels: Tensor, side: int = 96) -> Tensor:
     return pixels if small >= 1 else _fitted(pixels, (max(round(height * small), 1), max(round(width * small), 1)))
 
 
+def shown(pixels: Tensor, least: int = 64, most: int = 256) -> Tensor:
+    """A picture of a size to look at: small ones enlarged by whole pixels, large ones reduced."""
+    pixels = thumbnail(pixels, most)
+    times = max(-(-least // max(pixels.shape[-2:])), 1)
+    return pixels.repeat_interleave(times, -2).repeat_interleave(times, -1)
+
+
+def sheet(pixels: Tensor, gap: int = 6) -> Tensor:
+    """Pictures (rows, columns, 3, H, W) as one, with light gaps between."""
+    rows = []
+    for row in pixels:
+        cells = torch.stack([shown(p) for p in row])
+        cells = torch.nn.functional.pad(cells, (gap, 0, gap, 0), value=0.93)
+        rows.append(torch.cat(list(cells), -1))
+    return torch.nn.functional.pad(torch.cat(rows, -2), (0, gap, 0, gap), value=0.93)
+
+
 def png(pixels: Tensor) -> str:
     """(3, H, W) in 0..1 -> data:image/png;base64,... without any library: eight bits, three channels."""
     return f"data:image/png;base64,{base64.b64encode(png_bytes(pixels)).decode()}"

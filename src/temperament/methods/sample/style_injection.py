@@ -142,7 +142,8 @@ class _Inject(Hook):
         where = self.state.step, at.site.name
         ours, (_, key, value) = self.content.found[where][0], self.style.found[where]
         if len(q) != len(ours):
-            raise UserError("inference", "sample.style_injection", "another part changed the number of rows; leave that one out")
+            mend = "another part changed the number of rows; leave that one out"
+            raise UserError("inference", "sample.style_injection", mend)
         return torch.lerp(q, ours, self.part.gamma), key[self.rows], value[self.rows]
 
     def _back(self, denoiser: Denoiser, latents: Tensor, steps: int) -> tuple[Kept, Tensor]:
