@@ -12,6 +12,9 @@ test: $(VENV)/.test
 
 bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_policy
+	$(BIN)/python -m temperament.bases.train_diffusion unet
+	$(BIN)/python -m temperament.bases.train_diffusion flow
+	$(BIN)/python -m temperament.bases.train_consistency
 	$(BIN)/python -m temperament.bases.train_lm tokenizer
 	for base in lm lm-small lm-instruct lm-large; do \
 	  $(BIN)/python -m temperament.bases.train_lm $$base --work runs/bases --resume && \

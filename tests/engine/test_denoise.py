@@ -69,7 +69,7 @@ def test_times_between_whole_ones_are_found_again():
     assert isinstance(process, Diffusion)
     t = torch.rand(20) * 990
     a, s = process.scales(t)
-    torch.testing.assert_close(process.at(s / a), t, rtol=1e-3, atol=0.05)
+    torch.testing.assert_close(process.at(s / a), t.double(), rtol=1e-3, atol=0.05)
 
 
 def test_a_row_is_painted_alike_in_any_company(base):
@@ -82,7 +82,7 @@ def test_a_row_is_painted_alike_in_any_company(base):
     together = denoise(base, captions, how, seed=5)
     for i, caption in enumerate(captions):
         alone = denoise(base, [caption], how, seed=5, ids=torch.tensor([i]))
-        torch.testing.assert_close(alone.latents[0], together.latents[i], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone.latents[0], together.latents[i], rtol=1e-4, atol=1e-3)
 
 
 def test_rows_under_noise_do_not_know_their_company(base):
@@ -98,7 +98,7 @@ def test_the_chain_says_how_likely_it_was(base):
     made = denoise(base, ["a red cross"] * 2, how := Sampler(4, 1.0, 1.0), seed=1, record=True)
     chain = made.chain
     assert chain.weights.tolist() == [[1, 1, 1, 0]] * 2
-    got = logp(base, chain, how)
+    got = logp(base, chain)
     denoiser = Denoiser.of(base)
     with torch.no_grad():
         x, (now, then) = chain.before[:, 1], chain.times[0, 1]
@@ -107,6 +107,7 @@ def test_the_chain_says_how_likely_it_was(base):
         want = torch.distributions.Normal(mean, spread).log_prob(chain.decisions[:, 1]).flatten(1).mean(1)
     torch.testing.assert_close(got[:, 1], want, rtol=1e-4, atol=1e-4)
     assert (got[:, 3] == 0).all()
+    torch.testing.assert_close(made.logp, got.detach(), rtol=1e-4, atol=1e-4)  # as it was when it was drawn
 
 
 def test_only_the_last_steps_keep_their_graph(base):

@@ -33,6 +33,13 @@ TABLE: dict[str, list[dict]] = {
     ],
     "objectives.policy.value": [{}, {"clip": None}],
     "objectives.diffusion.reward_backprop": [{"rewards": ["rewards.brightness"]}],
+    "objectives.consistency.ict": [
+        {},
+        {"first": 5, "last": 5, "teacher": "live", "huber": None, "spread": None, "weigh": False, "unsaid": 0.4},
+        {"solver": "base", "guidance": 2.0},
+    ],
+    "objectives.diffusion.denoise": [{}, {"unsaid": 0.3, "min_snr": 5.0}],
+    "objectives.diffusion.mmd": [{"steps": 2, "guidance": 1.0}, {"steps": 2, "features": "aides.pixels", "recompute": False}],
     "objectives.sft.behaviour_cloning": [{}],
     "objectives.sft.dft": [{}, {"per": "example"}],
     "objectives.sft.asft": [{}, {"direction": "reverse", "reference": "base", "per": "example"}],
@@ -92,6 +99,7 @@ TABLE: dict[str, list[dict]] = {
     "aides.pixels": [{}],
     "aides.encoder": [{}],
     "aides.sprite_eye": [{}],
+    "aides.random_features": [{}, {"width": 5, "cells": 1, "seed": 3}],
     "diagnose.intruder_dimensions": [{}, {"k": 3, "eps": 0.8}],
     "diagnose.tuco": [{}, {"sets": {"one": {"data.lab": {"skills": ["add"], "rows": 4}}}, "norm": 2}],
     "diagnose.sharpness": [{}, {"case": "average", "norm": "2"}],
@@ -151,6 +159,10 @@ TABLE: dict[str, list[dict]] = {
     "rollout.sample": [
         {"prompts": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "group": 2, "max_new": 6}
     ],
+    "rollout.denoising_chain": [
+        {"captions": {"data.captions": {"captions": ["a disc"]}}, "rewards": ["rewards.brightness"]},
+    ],
+    "evaluate.kid": [{"of": {"data.captions": {"captions": ["a disc"]}}, "items": 5}],
     "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
     "evaluate.pictures": [{}, {"factors": ["colour"], "items": 3}, {"of": "data.digits", "role": "retained"}],
     "evaluate.control": [{"target": "insert"}, {"retained": ["lift"], "items": 3}],

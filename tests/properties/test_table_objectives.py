@@ -5,8 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from generators import LCM, unet
 from properties.table import variants
-from tiny import BATCHES, gradients, live, pairs, plain_label, plain_logp, policy, rng, rollout, seeing, shake, tiny, tokens, views
+from tiny import (
+    BATCHES,
+    gradients,
+    live,
+    pairs,
+    plain_label,
+    plain_logp,
+    policy,
+    rng,
+    rollout,
+    seeing,
+    shake,
+    tiny,
+    tokens,
+    views,
+)
 
 from temperament import parts, protocols
 from temperament.nn.batch import Tokens
@@ -24,8 +40,10 @@ def it():
 
 
 def subject(it, part):
-    """What is trained on such batches: a language model, a policy, or a model of pictures."""
+    """What is trained on such batches: a language model, a policy, a generator, or a model that sees pictures."""
     if getattr(part, "batch", ())[:1] == ("Images",):
+        if type(part).part_name.split(".")[1] in ("diffusion", "consistency"):
+            return shake(live(unet(LCM, side=16)), 0.02)
         return shake(live(seeing("vit" if type(part).part_name.startswith("objectives.classify") else "clip")))
     return shake(live(policy())) if getattr(part, "batch", ())[:1] == ("Steps",) else it
 

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from temperament.bases.train_diffusion import fresh
 from temperament.methods.adapters.lora import LoRA
+from temperament.methods.objectives.consistency.ict import ICT
 from temperament.methods.objectives.diffusion.denoise import Denoise
+from temperament.methods.objectives.diffusion.mmd import MMD
 from temperament.methods.objectives.policy.grpo import GRPO
 from temperament.methods.objectives.preference.dpo import DPO
 from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
@@ -25,6 +27,7 @@ from temperament.run.laws import gradient
 from temperament.run.recipe import Recipe, Step
 from temperament.run.training import build_players
 from temperament.train.loop import train
+from tests.generators import LCM, Pictures, unet
 from tests.train.rows import Rows, base_of, context, spec
 from tests.train.test_loop import Decay, InfoNCE
 
@@ -36,6 +39,16 @@ CASES = {
     "grpo": dict(source=Rows("Rollout"), objective=GRPO(beta=0.1), trainable=[Full()], batch=8, micro=3),
     "noise": dict(source=Rows("Images"), objective=Denoise(unsaid=0.2), trainable=[LoRA(rank=2)], batch=7, micro=3),
     "coupled": dict(source=Rows(), objective=InfoNCE(), trainable=[Full()], batch=6, micro=2),
+    "consistency": dict(
+        source=Pictures(5), objective=ICT(first=4, last=8), trainable=[LoRA(rank=2, dropout=0.2)], batch=5, micro=2
+    ),
+    "mmd": dict(source=Pictures(5), objective=MMD(steps=2, guidance=1.0), trainable=[LoRA(rank=2)], batch=5, micro=2),
+}
+BASES = {
+    "sft": lambda: base_of("mixtral"),
+    "noise": lambda: fresh("flow", 0),
+    "consistency": lambda: unet(LCM),
+    "mmd": lambda: unet(LCM),
 }
 
 
@@ -43,7 +56,7 @@ def results() -> dict[str, torch.Tensor]:
     out = {}
     for name, options in CASES.items():
         options = dict(options, optimizer=AdamW(1e-3, weight_decay=0.1), steps=4)
-        base = fresh("flow", 0) if name == "noise" else base_of("mixtral" if name == "sft" else "llama_tied")
+        base = BASES.get(name, lambda: base_of("llama_tied"))()
         ctx = context(base, batch=options["batch"], micro=options["micro"])
         (player,) = build_players(spec(**options), ctx)
         stream = options["source"].open(ctx)

@@ -5,7 +5,7 @@
 
     c = 0                                       DDIM; for a flow, Euler's method: the same numbers
     c = eta s' sqrt(1 - (a s' / (a' s))^2)      the posterior's spread: eta 1 is ancestral sampling
-    c = s'                                      noised anew: multistep consistency sampling
+    c = s', without the middle                  noised anew: multistep consistency sampling
 
     denoiser = Denoiser.of(base)                or of a view, or of a network whose base was used before
     made = denoise(denoiser, ["a red cross on navy"], Sampler(steps=20, guidance=3.0), seed=0)
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -32,6 +32,7 @@ from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Chain, Images
 from temperament.nn.context import checkpoint as recomputed
+from temperament.nn.context import context, current
 from temperament.nn.forward import active, arguments
 
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -142,17 +143,30 @@ class Covered:
     captions: list[str]
 
 
-def covered(denoiser: Denoiser, batch: Images, seed: int, unsaid: float = 0.0) -> Covered:
+def covered(denoiser: Denoiser, batch: Images, seed: int, silent: float = 0.0) -> Covered:
     """Pictures covered with noise for training; noise, time and whether the caption is said are addressed by (seed, row)."""
     x = denoiser.latents(batch.pixels.to(denoiser.device))
     one = lambda purpose: draws.uniform(seed, f"denoise/{purpose}", 0, batch.examples).to(x.device)
     n = draws.normal(seed, "denoise/noise", 0, batch.examples, tuple(x.shape[1:])).to(x)
     t = denoiser.process.times(one("time"))
     a, s = (v.to(x).view(-1, 1, 1, 1) for v in denoiser.process.scales(t))
+    return Covered(a * x + s * n, t, denoiser.process.target(x, n, t), n, unsaid(batch, silent, seed))
+
+
+def unsaid(batch: Images, share: float, seed: int) -> list[str]:
+    """The captions of a batch, this share of them left out; which is addressed by (seed, row)."""
     captions = batch.captions or [""] * len(batch)
-    if unsaid:
-        captions = ["" if quiet else c for quiet, c in zip((one("unsaid") < unsaid).tolist(), captions, strict=True)]
-    return Covered(a * x + s * n, t, denoiser.process.target(x, n, t), n, captions)
+    if not share:
+        return captions
+    quiet = (draws.uniform(seed, "denoise/unsaid", 0, batch.examples) < share).tolist()
+    return ["" if q else c for q, c in zip(quiet, captions, strict=True)]
+
+
+def addressed(rows: Tensor) -> AbstractContextManager:
+    """Inside, modules that draw (dropout) draw by these row ids; only a training step has an address. Two passes over the same
+    rows in one step so meet the same dropout."""
+    address = current().draws
+    return nullcontext() if address is None else context(draws=replace(address, examples=rows))
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------------
@@ -177,7 +191,8 @@ class Sampler:
 class State:
     """Where the loop stands; hooks may change what they like, `sampler` (but for its steps) when they begin. time, then: of
     this step, (); clean: the estimate x^ of it; before: what it began from, mean and spread: what x was drawn from. placed:
-    was the start given rather than drawn? trail: (before, x, was it drawn?) of the steps so far, where they are recorded."""
+    was the start given rather than drawn? trail: of the steps so far, where they are recorded, (before, x, log-density of x as
+    it was drawn (rows,), or None where it was certain)."""
 
     denoiser: Denoiser
     x: Tensor
@@ -194,7 +209,7 @@ class State:
     before: Tensor | None = None
     mean: Tensor | None = None
     spread: float = 0.0
-    trail: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    trail: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
     _read: dict[tuple, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
@@ -225,7 +240,7 @@ class State:
         self.x, self.clean, self.before, self.mean = map(take, (self.x, self.clean, self.before, self.mean))
         self.captions = [self.captions[i] for i in rows.tolist()]
         self.conditions = {k: take(v) for k, v in self.conditions.items()}
-        self.trail = [(take(a), take(b), drawn) for a, b, drawn in self.trail]
+        self.trail = [tuple(map(take, step)) for step in self.trail]
 
 
 class Hook:
@@ -252,6 +267,7 @@ class Made:
     pixels: Tensor  # (rows, 3, H, W) in 0..1, not cut where gradients are kept
     latents: Tensor
     chain: Chain | None = None  # the steps as decisions, where they were recorded
+    logp: Tensor | None = None  # (rows, T): how likely each was, as `logp` has it
 
 
 def guided(predict: Callable, nothing: Callable[[Any], dict[str, Tensor]], scale: float) -> Callable:
@@ -286,12 +302,12 @@ def denoise(
 ) -> Made:
     """Pictures of captions. draw: which draw of the seed; ids (rows,): address of each row's noise, by default 0, 1, 2...
     start: the first x instead of noise. keep: how many of the last steps keep their graph for a gradient; checkpoint: those
-    recompute their activations. record: also the chain of decisions."""
+    recompute their activations. record: also the chain of decisions. Nothing is dropped out here."""
     denoiser = Denoiser.of(model)
     process, sampler = denoiser.process, sampler or Sampler.usual(denoiser.process)
     ids = torch.arange(len(captions)) if ids is None else ids
     times = process.grid(sampler.steps).to(denoiser.device)
-    with denoiser.active():
+    with denoiser.active(), context(draws=None):
         state = State(denoiser, torch.empty(len(ids), *denoiser.shape, device=denoiser.device), list(captions), ids, {}, times,
                       seed, draw, sampler, start is not None)  # fmt: skip
         with torch.set_grad_enabled(keep > 0):
@@ -316,15 +332,15 @@ def denoise(
             with torch.set_grad_enabled(state.step >= sampler.steps - keep):
                 _step(state, predict, hooks)
             if record:
-                state.trail.append((state.before.detach(), state.x.detach(), float(state.spread > 0)))
+                drawn = density(state.x, state.mean, state.spread).detach() if state.spread > 0 else None
+                state.trail.append((state.before.detach(), state.x.detach(), drawn))
     for hook in hooks:
         hook.end(state)
-    with torch.set_grad_enabled(keep > 0), denoiser.active():
+    with torch.set_grad_enabled(keep > 0), denoiser.active(), context(draws=None):
         # A codec's activations at full size are the largest of all.
         through = checkpoint and keep > 0 and "codec" in denoiser.base.components
         pixels = recomputed(denoiser.pixels, state.x) if through else denoiser.pixels(state.x)
-    chain = _recorded(state) if record else None
-    return Made(pixels if keep else pixels.clamp(0, 1), state.x, chain)
+    return Made(pixels if keep else pixels.clamp(0, 1), state.x, *(_recorded(state) if record else ()))
 
 
 def _step(state: State, predict: Callable, hooks: Sequence[Hook]) -> None:
@@ -343,10 +359,12 @@ def _step(state: State, predict: Callable, hooks: Sequence[Hook]) -> None:
 def move(process: Process, x: Tensor, clean: Tensor, time: Tensor, then: Tensor, eta: float) -> tuple[Tensor, float]:
     """Mean and spread of x at the time `then`, from x at `time` and the estimate under it. Times are numbers, ()."""
     (a, s), (a2, s2) = ([float(v) for v in process.scales(t)] for t in (time, then))
-    if s2 == 0:
+    if s2 <= process.floor * (1 + 1e-6):  # (a scale is of fp32)
         return a2 * clean, 0.0
     kept = 0.0 if a == 0 else a * s2 / (a2 * s)
-    c = s2 if process.renoises else eta * s2 * math.sqrt(max(1 - kept * kept, 0.0))
+    if process.renoises:
+        return a2 * clean, math.sqrt(max(s2 * s2 - process.floor**2, 0.0))
+    c = eta * s2 * math.sqrt(max(1 - kept * kept, 0.0))
     certain = math.sqrt(max(s2 * s2 - c * c, 0.0))
     return a2 * clean + (certain * (x - a * clean) / s if certain else 0.0), c
 
@@ -403,31 +421,42 @@ def _undone(
 # ---- chains as decisions ---------------------------------------------------------------------------------------------------
 
 
-def _recorded(state: State) -> Chain:
-    before, after = (torch.stack([r[i] for r in state.trail], 1).cpu() for i in (0, 1))
-    weights = torch.tensor([r[2] for r in state.trail]).expand(len(before), -1).clone()
-    times = torch.stack([state.times[:-1], state.times[1:]], -1).cpu().expand(len(before), -1, -1).clone()
-    return Chain(before, after, weights, times, list(state.captions))
+def _recorded(state: State) -> tuple[Chain, Tensor]:
+    """The chain, and how likely each of its steps was."""
+    before, after = (torch.stack([step[i] for step in state.trail], 1).cpu() for i in (0, 1))
+    rows, alike = len(before), lambda v: v.float().cpu().expand(len(before), *v.shape).clone()
+    nothing = torch.zeros(rows, device=state.x.device)
+    found = torch.stack([nothing if step[2] is None else step[2] for step in state.trail], 1).cpu()
+    weights = alike(torch.tensor([float(step[2] is not None) for step in state.trail]))
+    how = alike(torch.tensor([state.sampler.eta, state.sampler.guidance]).expand(len(state.trail), -1))
+    times = alike(torch.stack([state.times[:-1], state.times[1:]], -1))
+    return Chain(before, after, weights, times, how, list(state.captions)), found
 
 
-def logp(model: Any, chain: Chain, sampler: Sampler | None = None) -> Tensor:
-    """(rows, T): Gaussian log-density of each recorded step under the model, the mean over its entries (as DDPO and RLCM
-    take it: a ratio of pictures of any size is then of one scale); 0 where the step was certain."""
+def density(x: Tensor, mean: Tensor, spread: float) -> Tensor:
+    """(rows,): Gaussian log-density, the mean over the entries of x (as DDPO and RLCM take it: a ratio of pictures of any size
+    is then of one scale)."""
+    z = (x - mean) / spread
+    return (-0.5 * z.square() - math.log(spread) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+def logp(model: Any, chain: Chain) -> Tensor:
+    """(rows, T): log-density of each recorded step under the model (`density`), sampled as the chain was; 0 where the step was
+    certain. Nothing is dropped out, as nothing was when it was sampled."""
     denoiser = Denoiser.of(model)
-    sampler = sampler or Sampler.usual(denoiser.process)
-    with denoiser.active():
+    eta, guidance = chain.how[0, 0].tolist()
+    with denoiser.active(), context(draws=None):
         conditions = denoiser.encode(chain.captions)
-        nothing = denoiser.encode([""]) if sampler.guidance != 1 else {}
-        predict = guided(lambda x, t, c, version=None: denoiser(x, t, c), lambda version: nothing, sampler.guidance)
+        nothing = denoiser.encode([""]) if guidance != 1 else {}
+        predict = guided(lambda x, t, c, version=None: denoiser(x, t, c), lambda version: nothing, guidance)
         found = []
         for i in range(chain.before.shape[1]):
             x, time, then = chain.before[:, i], chain.times[0, i, 0], chain.times[0, i, 1]
             now = time.expand(len(x))
-            clean = denoiser.process.clean(predict(x, now, conditions), x, now)
-            mean, spread = move(denoiser.process, x, clean, time, then, sampler.eta)
-            if spread == 0:
-                found.append(clean.flatten(1).sum(1) * 0)
+            if bool((chain.weights[:, i] == 0).all()):
+                found.append(torch.zeros(len(x), device=x.device))
                 continue
-            z = (chain.decisions[:, i] - mean) / spread
-            found.append((-0.5 * z.square() - math.log(spread) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1))
+            clean = denoiser.process.clean(predict(x, now, conditions), x, now)
+            mean, spread = move(denoiser.process, x, clean, time, then, eta)
+            found.append(density(chain.decisions[:, i], mean, spread) if spread > 0 else torch.zeros(len(x), device=x.device))
     return torch.stack(found, 1)

@@ -7,6 +7,7 @@
     process.target(x, n, t)     what it should say
     process.given(x_t, t)       what it is given, and asked(t): the number it takes for the time
     process.times(u)            training times for u uniform in 0..1 (rows,)
+    process.at(sigma)           the time at which s / a is sigma, (rows,); process.sigmas: the least and the most it has
     process.grid(steps)         (steps + 1,) decreasing, the last one clean
 
 Which one a base has is read from its scheduler's configuration, as diffusers writes it."""
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ from temperament.errors import UserError
 
 
 class Process(Protocol):
-    renoises: bool  # does its sampler noise the estimate anew at each step?
+    renoises: bool  # is the network a consistency function, and noised anew at each step?
+    floor: float  # noise left in what it calls clean, where it renoises
+
+    @property
+    def sigmas(self) -> tuple[float, float]: ...
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
     def clean(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor: ...
@@ -32,6 +37,7 @@ class Process(Protocol):
     def given(self, x: Tensor, t: Tensor) -> Tensor: ...
     def asked(self, t: Tensor) -> Tensor: ...
     def times(self, u: Tensor) -> Tensor: ...
+    def at(self, sigma: Tensor) -> Tensor: ...
     def grid(self, steps: int) -> Tensor: ...
     def start(self, noise: Tensor) -> Tensor: ...
 
@@ -53,10 +59,15 @@ class Diffusion:
     predicts: str = "epsilon"
     boundary: bool = False
     clean_end: bool = True  # is the end of the chain without noise, or at time 0?
+    floor: ClassVar = 0.0
 
     @property
     def renoises(self) -> bool:
         return self.boundary
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        return float(self._log_ratio[0].exp()), float(self._log_ratio[-1].exp())
 
     @cached_property
     def _log_ratio(self) -> Tensor:
@@ -77,7 +88,7 @@ class Diffusion:
         table, wanted = self._log_ratio.to(sigma.device), torch.log(sigma.double())
         high = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
         share = (wanted - table[high - 1]) / (table[high] - table[high - 1])
-        return (high - 1 + share.clamp(0, 1)).float()
+        return high - 1 + share.clamp(0, 1)  # in fp64: float32 would move the noise by 1e-5 of itself
 
     def clean(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
         a, s = (_wide(v, x) for v in self.scales(t))
@@ -97,7 +108,7 @@ class Diffusion:
         return x
 
     def asked(self, t: Tensor) -> Tensor:
-        return t
+        return t.float()
 
     def times(self, u: Tensor) -> Tensor:
         return (u * len(self.betas)).floor()
@@ -121,6 +132,8 @@ class Flow:
     shift: float = 1.0
     scale: float = 1000.0  # of the number the network takes for the time
     renoises: bool = False
+    floor: ClassVar = 0.0
+    sigmas: ClassVar = (1e-3, 1e3)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.as_tensor(t)
@@ -141,12 +154,98 @@ class Flow:
     def times(self, u: Tensor) -> Tensor:
         return torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
 
+    def at(self, sigma: Tensor) -> Tensor:
+        return sigma / (1 + sigma)
+
     def grid(self, steps: int) -> Tensor:
         t = torch.linspace(1, 0, steps + 1)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def start(self, noise: Tensor) -> Tensor:
         return noise
+
+
+@dataclass(frozen=True)
+class Edm:
+    """Variance exploding: a = 1, s = t, in the preconditioning of Karras et al. 2022. Times are the noise itself; low is clean.
+
+        given = x_t / sqrt(t^2 + d^2);  clean = c_skip x_t + c_out F;  asked = scale ln t;  d: spread of the data
+        c_skip = d^2 / ((t - e)^2 + d^2)        c_out = d (t - e) / sqrt(t^2 + d^2)
+
+    boundary: a consistency function, e = low, so that at low it is what it is given (Song et al. 2023, as diffusers'
+    CMStochasticIterativeScheduler has it; its cut of estimates to -1..1 is left out); else e = 0. Its grid takes every
+    (count / steps)-th of `count` levels, as diffusers does."""
+
+    low: float = 0.002
+    high: float = 80.0
+    data: float = 0.5
+    boundary: bool = True
+    scale: float = 250.0
+    count: int = 40
+    rho: float = 7.0
+
+    @property
+    def renoises(self) -> bool:
+        return self.boundary
+
+    @property
+    def floor(self) -> float:
+        return self.low if self.boundary else 0.0
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.as_tensor(t)
+        return torch.ones_like(t, dtype=torch.float32), t.float()
+
+    def _skips(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.as_tensor(t).double()
+        e = t - self.floor
+        return (_wide(v, x) for v in (self.data**2 / (e * e + self.data**2), self.data * e / (t * t + self.data**2).sqrt()))
+
+    def clean(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        skip, share = self._skips(x, t)
+        return skip * x + share * out
+
+    def target(self, x: Tensor, n: Tensor, t: Tensor) -> Tensor:
+        noised = x + _wide(t, x) * n
+        skip, share = self._skips(x, t)
+        return (x - skip * noised) / share.clamp(min=1e-6)
+
+    def given(self, x: Tensor, t: Tensor) -> Tensor:
+        return x / (_wide(t, x).square() + self.data**2).sqrt()
+
+    def asked(self, t: Tensor) -> Tensor:
+        return self.scale * torch.log(t.float().clamp(min=1e-30))
+
+    def times(self, u: Tensor) -> Tensor:
+        """Log-normal (Karras et al. 2022)."""
+        normal = torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))
+        return torch.exp(1.2 * normal - 1.2).clamp(self.low, self.high).float()
+
+    def at(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def grid(self, steps: int) -> Tensor:
+        if not self.boundary:
+            return torch.cat([karras(self.high, self.low, steps, self.rho), torch.zeros(1, dtype=torch.float64)])
+        levels, apart = karras(self.high, self.low, self.count, self.rho), max(self.count // steps, 1)
+        if steps > self.count:
+            raise UserError("sampler.steps", steps, f"this consistency model has {self.count} levels; take no more steps")
+        return torch.cat([levels[torch.arange(steps) * apart], levels.new_tensor([self.low])])
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.high * noise
+
+
+def karras(begin: float, end: float, count: int, rho: float = 7.0) -> Tensor:
+    """(count,) fp64 levels of noise from one to the other, even in their rho-th root; the ends to the bit."""
+    share = torch.linspace(0, 1, count, dtype=torch.float64)
+    levels = (begin ** (1 / rho) + share * (end ** (1 / rho) - begin ** (1 / rho))) ** rho
+    levels[0], levels[-1] = begin, end if count > 1 else begin
+    return levels
 
 
 def process_of(scheduler: Any) -> Process:
@@ -156,7 +255,12 @@ def process_of(scheduler: Any) -> Process:
     if "Flow" in name:
         return Flow(config.get("shift", 1.0), float(config.get("num_train_timesteps", 1000)))
     predicts = config.get("prediction_type", "epsilon")
-    if predicts not in ("epsilon", "v_prediction", "sample") or "CMStochastic" in name or "EDM" in name:
+    if "CMStochastic" in name or ("EDM" in name and predicts == "epsilon"):
+        boundary = "EDM" not in name
+        known = {"low": "sigma_min", "high": "sigma_max", "data": "sigma_data", "rho": "rho", "count": "num_train_timesteps"}
+        given = {field: config[theirs] for field, theirs in known.items() if theirs in config}
+        return Edm(**given, boundary=boundary, scale=250.0 if boundary else 0.25)
+    if predicts not in ("epsilon", "v_prediction", "sample") or "EDM" in name:
         raise UserError("scheduler", name, "this noise process is not known; use one of diffusion (betas), flow or consistency")
     return Diffusion(_betas(config), predicts, boundary="LCM" in name, clean_end=config.get("set_alpha_to_one", True))
 

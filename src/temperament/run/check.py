@@ -155,7 +155,8 @@ def _player_laws(
 
 def _unlike(rows: Rollout, player: Player) -> Rollout:
     """One group of responses that differ, half of them rewarded, sampled by a policy near this one: a sure policy samples the
-    same again and again, and responses that are alike cancel, which would leave no gradient to compare."""
+    same again and again, and responses that are alike cancel, which would leave no gradient to compare. This policy finds the
+    rewarded ones less likely, and the others more: no clip holds that, however narrow."""
     odd = torch.arange(len(rows))[:, None] % 2 == 1
     if isinstance(rows.tokens, Tokens):
         first = (rows.tokens.weights != 0).float().cumsum(1).eq(1) & (rows.tokens.weights != 0)
@@ -163,7 +164,7 @@ def _unlike(rows: Rollout, player: Player) -> Rollout:
         rows = replace(rows, tokens=replace(rows.tokens, ids=ids))
     rows = replace(rows, group=torch.zeros(len(rows), dtype=torch.long), rewards=odd[:, 0].float())
     near = player.views.precompute("live", rows, lambda model, r: r.tokens.logp(model))
-    return replace(rows, behaviour=near - 0.05)
+    return replace(rows, behaviour=near + torch.where(odd, 0.05, -0.05))
 
 
 def _recomputed(player: Player, objective: Any, rows: Batch, tolerance: float) -> Law:

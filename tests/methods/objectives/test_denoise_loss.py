@@ -31,7 +31,7 @@ def gradient(base, objective, whole, micro, seed=0):
 
     for module in base.components.values():
         quiet_training(module)
-    live = Live(base, [LoRA(rank=4).build(base, context(base))])
+    live = Live(base, [LoRA(rank=4, dropout=0.2).build(base, context(base))])
     for p in live.params.values():
         p.tensor.data.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
     player = Player("policy", live, None, None, {}, [], Views(live, World(), micro, seed))

@@ -20,13 +20,13 @@ class Encoder:
 
         f(x) = e(x) / |e(x)|      CLIP-I with an image-text encoder, DINO with a self-supervised one
 
-    A judge should be another model than one that helped to train. Pictures are resized to its size."""
+    A judge should be another model than one that helped to train. Pictures are resized to its size. Its weights have no
+    gradient, the pictures keep theirs."""
 
     role: ClassVar = "features"
     model: str = "lab/clip-b"  # an image encoder: a lab base, a folder or a Hugging Face id
     batch: int = 64  # pictures it looks at together
 
-    @torch.no_grad()
     def ask(self, requests: Tensor) -> Tensor:
         """(rows, 3, H, W) in 0..1 -> (rows, width), of length 1."""
         from temperament.engine.see import features
@@ -40,4 +40,7 @@ class Encoder:
 
 @lru_cache(maxsize=2)
 def _loaded(spec: str) -> Any:
-    return load(spec, field="aides.encoder.model")
+    base = load(spec, field="aides.encoder.model")
+    for _, p in base.parameters():
+        p.requires_grad_(False)
+    return base

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from temperament.engine.denoise import Denoiser, covered
+from temperament.engine.denoise import Denoiser, addressed, covered
 from temperament.nn.batch import Images
 from temperament.parts import part
 from temperament.protocols import Term, Terms
@@ -40,8 +40,9 @@ class Denoise:
     def loss(self, micro: Images, views) -> Terms:
         denoiser = Denoiser.of(views.live)
         row = covered(denoiser, micro, views.seed, self.unsaid)
-        error = (denoiser(row.x, row.t, denoiser.encode(row.captions)) - row.target).square().flatten(1).mean(1)
-        error = error * self._weight(denoiser, row.t)
+        with addressed(micro.examples):
+            said = denoiser(row.x, row.t, denoiser.encode(row.captions))
+        error = (said - row.target).square().flatten(1).mean(1) * self._weight(denoiser, row.t)
         kept = (micro.prior if micro.prior is not None else row.t < -1).to(error.device)
         return {
             "mse": Term(error * ~kept, int((~kept).sum())),

@@ -10,7 +10,7 @@ from temperament.parts import part
 from temperament.protocols import Term, Terms
 
 
-@part("objectives.policy.grpo", modalities=("text", "control"))
+@part("objectives.policy.grpo", modalities=("text", "control", "image"))
 @dataclass(frozen=True)
 class GRPO:
     """Group-relative policy optimisation.

@@ -12,7 +12,7 @@ from temperament.parts import part
 from temperament.protocols import Term, Terms
 
 
-@part("objectives.policy.ppo", papers=["213"], modalities=("text", "control"))
+@part("objectives.policy.ppo", papers=["213", "010"], modalities=("text", "control", "image"))
 @dataclass(frozen=True)
 class PPO:
     """Proximal policy optimisation over tokens or decisions, with a critic as another player of the step.
