@@ -52,7 +52,8 @@ def folder(base: Base, place: Path) -> str:
              "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
              "scheduler": ["diffusers", scheduler["_class_name"]]}  # fmt: skip
     (template / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **named}))
-    write_pipeline(base, place, template)
+    base.processors["pipeline"] = template
+    write_pipeline(base, place)
     return str(place)
 
 

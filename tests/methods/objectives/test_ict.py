@@ -137,7 +137,7 @@ def _noise(batch):
 
 def test_a_solver_that_knows_the_noise_is_training_by_noise():
     """Where the denoiser is right about the picture, its step of DDIM leads to the very point the same noise gives."""
-    process, batch = process_of(LCM), pictures(4)
+    process, batch = process_of({**LCM, "prediction_type": "epsilon"}), pictures(4)
     x = 2 * batch.pixels - 1
 
     class Right(nn.Module):
