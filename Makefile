@@ -12,6 +12,7 @@ test: $(VENV)/.test
 
 bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_policy
+	for base in vit cnn clip clip-b; do $(BIN)/python -m temperament.bases.train_vision $$base || exit 1; done
 	$(BIN)/python -m temperament.bases.train_lm tokenizer
 	for base in lm lm-small lm-instruct lm-large; do \
 	  $(BIN)/python -m temperament.bases.train_lm $$base --work runs/bases --resume && \

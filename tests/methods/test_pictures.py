@@ -31,7 +31,8 @@ def test_a_label_is_what_the_caption_says(label):
     source = parts.build({"data.sprites": {"label": label, "seed": seed(), "rows": 40}})
     for p in [*source._pictures("train", 40), *source.held()[:40]]:
         value = source.classes()[p.label]
-        assert (value in p.caption or value == "plain") and p.alternatives[p.label] == p.caption and len(p.alternatives) == len(source.classes())
+        assert value in p.caption or value == "plain"
+        assert p.alternatives[p.label] == p.caption and len(p.alternatives) == len(source.classes())
     assert {p.label for p in source.held()} == set(range(len(source.classes())))
 
 
