@@ -14,7 +14,9 @@ bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_policy
 	$(BIN)/python -m temperament.bases.train_diffusion unet
 	$(BIN)/python -m temperament.bases.train_diffusion flow
+	$(BIN)/python -m temperament.bases.train_diffusion flow --go-on --minutes 14 --rate 8e-4
 	$(BIN)/python -m temperament.bases.train_consistency
+	for base in vit cnn clip clip-b; do $(BIN)/python -m temperament.bases.train_vision $$base || exit 1; done
 	$(BIN)/python -m temperament.bases.train_lm tokenizer
 	for base in lm lm-small lm-instruct lm-large; do \
 	  $(BIN)/python -m temperament.bases.train_lm $$base --work runs/bases --resume && \

@@ -14,7 +14,8 @@ KINDS = ["vit", "resnet"]
 
 
 def by_hand(base, pixels):
-    return base.model(pixel_values=(pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.3, 0.2, 0.25]).view(3, 1, 1))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4, 0.5, 0.6], [0.3, 0.2, 0.25]))
+    return base.model(pixel_values=(pixels - mean) / std)
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def test_logits_and_what_they_are_read_from(kind):
     base, rows = seeing(kind), images()
     got, pooled = see.logits(base.model, base, rows.pixels), see.features(base.model, base, rows.pixels)
     assert torch.equal(got, by_hand(base, rows.pixels).logits)
-    last = [m for m in base.model.classifier.modules() if isinstance(m, torch.nn.Linear)][0]
+    last = next(m for m in base.model.classifier.modules() if isinstance(m, torch.nn.Linear))
     assert torch.equal(last(pooled), got) and pooled.shape == (5, see.width(base))
     assert see.own_classes(base) == [f"LABEL_{i}" for i in range(5)]
     assert not see.dual(base) and see.names_pictures(base)
@@ -36,7 +37,8 @@ def test_pictures_and_captions_in_one_space():
     base, rows = seeing("clip"), images(6)
     u, v = see.image_features(base.model, base, rows.pixels), see.text_features(base.model, base, rows.captions)
     read = base.tokenizer(rows.captions, padding=True, return_tensors="pt")
-    want = base.model(input_ids=read["input_ids"], attention_mask=read["attention_mask"], pixel_values=normalised(base, rows.pixels))
+    words = {k: read[k] for k in ("input_ids", "attention_mask")}
+    want = base.model(**words, pixel_values=normalised(base, rows.pixels))
     assert torch.allclose(see.scale(base.model) * u @ v.T, want.logits_per_image, atol=1e-4)
     asked = [[c, rows.captions[0]] for c in rows.captions]
     fit = see.fits(base.model, base, rows.pixels, asked)

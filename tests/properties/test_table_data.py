@@ -107,7 +107,7 @@ def test_pictures_once_an_epoch_and_none_that_is_held_out(name, options):
     assert sorted(int(b.examples) for b in seen) == list(range(len(stream.pictures)))
     pixels = lambda p: p.pixels((16, 16)).numpy().tobytes()
     assert sorted(b.pixels[0].numpy().tobytes() for b in seen) == sorted(pixels(p) for p in stream.pictures)
-    assert all(b.pixels.shape == (1, 3, 16, 16) and 0 <= b.pixels.min() and b.pixels.max() <= 1 for b in seen)
+    assert all(b.pixels.shape == (1, 3, 16, 16) and b.pixels.min() >= 0 and b.pixels.max() <= 1 for b in seen)
     assert {int(b.labels) for b in seen} <= set(range(len(classes))) and len({int(b.labels) for b in seen}) > 1
     assert not {pixels(p) for p in held} & {pixels(p) for p in stream.pictures} and held
     assert all(0 <= p.label < len(classes) and p.caption for p in [*held, *stream.pictures])

@@ -38,8 +38,8 @@ class Plan:
 
     make: Callable[[], nn.Module]
     words: bool = False
-    scenes: int = 5000
-    steps: int = 1500
+    scenes: int = 8000
+    steps: int = 2500
     rows: int = 96
     rate: float = 1e-3
     noise: float = 0.12
@@ -73,10 +73,10 @@ def clip() -> nn.Module:
 TOWER = {"image_size": sprites.SIZE, "patch_size": 4, "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
          "intermediate_size": 192}  # fmt: skip
 PLANS = {
-    "vit": Plan(vit),
-    "cnn": Plan(cnn, steps=1000),
-    "clip": Plan(clip, words=True, scenes=12_000, steps=2500, rows=64, rate=2e-3),
-    "clip-b": Plan(clip, words=True, scenes=12_000, steps=2500, rows=64, rate=2e-3, seed=1),
+    "vit": Plan(vit, steps=5000),
+    "cnn": Plan(cnn, steps=1500),
+    "clip": Plan(clip, words=True, scenes=20_000, steps=3500, rows=64, rate=2e-3),
+    "clip-b": Plan(clip, words=True, scenes=20_000, steps=3500, rows=64, rate=2e-3, seed=1),
 }
 
 
@@ -120,8 +120,12 @@ def rendered(scenes: list[sprites.Scene]) -> Tensor:
 
 
 def seen(pixels: Tensor, plan: Plan, step: int) -> Tensor:
-    """uint8 -> -1..1, each row dimmed and noisy by amounts of its own."""
+    """uint8 -> -1..1, each row dimmed and noisy by amounts of its own; its colours mixed, where none is asked for."""
     rows, n, x = torch.arange(len(pixels)), len(pixels), pixels.float() / 255
+    if not plan.words:
+        share = draws.uniform(plan.seed, "vision/share", step, rows).view(n, 1, 1)
+        other = (3 * draws.normal(plan.seed, "vision/colours", step, rows, (3, 3))).softmax(-1)
+        x = torch.einsum("nij,njhw->nihw", (1 - share) * torch.eye(3) + share * other, x)
     dim, loud = (draws.uniform(plan.seed, f"vision/{p}", step, rows).view(n, 1, 1, 1) for p in ("dim", "loud"))
     noise = draws.normal(plan.seed, "vision/noise", step, rows, tuple(x.shape[1:]))
     return ((x * (1 - 0.2 * dim) + plan.noise * loud * noise).clamp(0, 1) - 0.5) / 0.5
@@ -287,10 +291,10 @@ def install(name: str, model: nn.Module, plan: Plan, seconds: float, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    half = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True, "rescale_factor": 1 / 255}
-    size = {"do_resize": True, "size": {"height": 16, "width": 16}, "resample": 2}
+    half = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    size = {"do_resize": True, "size": {"height": 16, "width": 16}, "resample": 2, "do_rescale": True}
     kind = "CLIPImageProcessor" if plan.words else "ViTImageProcessor"
-    told = {"image_processor_type": kind, **size, **half} | ({"do_center_crop": False} if plan.words else {})
+    told = {"image_processor_type": kind, **size, **half, "rescale_factor": 1 / 255} | ({"do_center_crop": False} if plan.words else {})
     (folder / "preprocessor_config.json").write_text(json.dumps(told, indent=1) + "\n")
     if plan.words:
         tokenizer().save_pretrained(folder)

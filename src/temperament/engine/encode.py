@@ -58,6 +58,9 @@ def encode(
 def encode_all(examples: Sequence[Example], tokenizer, on_bad: Literal["stop", "skip"] = "stop", **options):
     """(encoded, bad): all that can be encoded (or was), numbered from 0, and the `BadExample`s, which stop unless
     on_bad="skip"."""
+    if tokenizer is None and not all(isinstance(e, Encoded) for e in examples):
+        mend = "this base has no tokenizer, so it reads no texts; use rows it can learn from, or a language model"
+        raise UserError("train.source", "texts", mend)
     done, bad = [], []
     for example in examples:
         try:

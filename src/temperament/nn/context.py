@@ -155,6 +155,11 @@ checkpoint: Callable[..., Any] = functools.partial(torch.utils.checkpoint.checkp
 
 def checkpointing(model: nn.Module, enabled: bool = True) -> None:
     """Switch gradient checkpointing on, so that recomputation carries the context (transformers and diffusers models)."""
+    able = getattr(model, "supports_gradient_checkpointing", getattr(model, "_supports_gradient_checkpointing", True))
+    if enabled and not able:
+        raise UserError("gradient_checkpointing", type(model).__name__, "this architecture cannot checkpoint; leave it off")
+    if not able:
+        return
     if not enabled:
         for name in ("gradient_checkpointing_disable", "disable_gradient_checkpointing"):
             if hasattr(model, name):

@@ -59,7 +59,8 @@ def pick(
             row |= {f: None if item.get(f) is None else clip(item[f], text) for f in FIELDS}
             row |= {f: item.get(f) for f in ("score_before", "score_after")}
             row |= {f: show.picture(item.get(f)) for f in PICTURES}
-            cost = 700 + sum(len(row[f] or "") for f in PICTURES) + sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
+            cost = 700 + sum(len(row[f] or "") for f in PICTURES)
+            cost += sum(2 * len(escape(row[f] or "").encode("utf-8", "replace")) for f in FIELDS)
             if cost > room or count <= 0:
                 break
             room, left, count = room - cost, left - cost, count - 1

@@ -115,6 +115,8 @@ class Pictures:
 
     def skills(self, ctx: Any) -> list[PictureSkill]:
         size_of(ctx.base)  # refuses a base that takes no pictures
+        if not see.names_pictures(ctx.base):
+            raise UserError("evaluate.pictures", ctx.base.id, "it makes pictures and names none; use e.g. lab/vit or lab/clip")
         n = self.items or ctx.items
         if self.of is not None:
             pictures, classes = self.of.held(ctx.base)[:n], tuple(self.of.classes(ctx.base))
