@@ -44,7 +44,7 @@ def recipe(arm: str, rate: float) -> dict:
         "micro": 32,
         "steps": updates,
     }
-    suites = [{"evaluate.rewarded": {"reward": REWARD, "captions": CAPTIONS}}, "evaluate.renders"]
+    suites = [{"evaluate.rewarded": {"reward": REWARD, "captions": CAPTIONS}}, {"evaluate.renders": {"items": 15}}]
     return {
         "base": base,
         "steps": [{"name": arm, "train": train}],
