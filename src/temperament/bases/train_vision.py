@@ -74,7 +74,7 @@ TOWER = {"image_size": sprites.SIZE, "patch_size": 4, "hidden_size": 96, "num_hi
          "intermediate_size": 192}  # fmt: skip
 PLANS = {
     "vit": Plan(vit, steps=5000),
-    "cnn": Plan(cnn, steps=1500),
+    "cnn": Plan(cnn, steps=3000),
     "clip": Plan(clip, words=True, scenes=20_000, steps=3500, rows=64, rate=2e-3),
     "clip-b": Plan(clip, words=True, scenes=20_000, steps=3500, rows=64, rate=2e-3, seed=1),
 }
@@ -119,10 +119,10 @@ def rendered(scenes: list[sprites.Scene]) -> Tensor:
     return (torch.from_numpy(np.stack([sprites.render(s) for s in scenes])) * 255).round().to(torch.uint8)
 
 
-def seen(pixels: Tensor, plan: Plan, step: int) -> Tensor:
+def seen(pixels: Tensor, plan: Plan, step: int, mixed: bool) -> Tensor:
     """uint8 -> -1..1, each row dimmed and noisy by amounts of its own; its colours mixed, where none is asked for."""
     rows, n, x = torch.arange(len(pixels)), len(pixels), pixels.float() / 255
-    if not plan.words:
+    if mixed:
         share = draws.uniform(plan.seed, "vision/share", step, rows).view(n, 1, 1)
         other = (3 * draws.normal(plan.seed, "vision/colours", step, rows, (3, 3))).softmax(-1)
         x = torch.einsum("nij,njhw->nihw", (1 - share) * torch.eye(3) + share * other, x)
@@ -191,29 +191,38 @@ def shapes(plan: Plan) -> Callable[[nn.Module, int], Tensor]:
 
     def loss(model: nn.Module, step: int) -> Tensor:
         rows = draws.randint(len(scenes), plan.seed, "vision/rows", step, torch.arange(plan.rows))
-        logits = model(pixel_values=seen(pixels[rows], plan, step)).logits
+        logits = model(pixel_values=seen(pixels[rows], plan, step, mixed=True)).logits
         return F.cross_entropy(logits.masked_fill(~shown[rows], -30.0), labels[rows])
 
     return loss
 
 
 def contrast(plan: Plan) -> Callable[[nn.Module, int], Tensor]:
+    """Symmetric InfoNCE; every third batch says no colours and no background and shows them mixed, so that shapes are read
+    apart from the colours they came with."""
     both, tok = pairs(plan), tokenizer()
     pixels = torch.stack([rendered(s) for s in both], 1)  # (scenes, 2, 3, 16, 16)
-    told = [read(tok, [s.caption() for s in half]) for half in both]
-    ids = torch.stack([t["input_ids"] for t in told], 1)
+    full, part = (
+        torch.stack([read(tok, [say(s) for s in half])["input_ids"] for half in both], 1)
+        for say in (sprites.Scene.caption, colourless)
+    )
 
     def loss(model: nn.Module, step: int) -> Tensor:
-        rows = draws.randint(len(ids), plan.seed, "vision/rows", step, torch.arange(plan.rows))
-        words = ids[rows].flatten(0, 1)
+        rows, blind = draws.randint(len(full), plan.seed, "vision/rows", step, torch.arange(plan.rows)), step % 3 == 2
+        words = (part if blind else full)[rows].flatten(0, 1)
         words = words[:, : int((words != 0).sum(1).max())]
-        x = seen(pixels[rows].flatten(0, 1), plan, step)
+        x = seen(pixels[rows].flatten(0, 1), plan, step, mixed=blind)
         out = model(input_ids=words, attention_mask=(words != 0).long(), pixel_values=x)
         same = (words[:, None] == words[None]).all(-1)  # a caption that comes twice fits both pictures
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
 
     return loss
+
+
+def colourless(scene: sprites.Scene) -> str:
+    words = scene.caption().rpartition(" on ")[0].split()
+    return " ".join(w for w in words if w not in sprites.COLOURS)
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ def install(name: str, model: nn.Module, plan: Plan, seconds: float, folder: Pat
     half = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     size = {"do_resize": True, "size": {"height": 16, "width": 16}, "resample": 2, "do_rescale": True}
     kind = "CLIPImageProcessor" if plan.words else "ViTImageProcessor"
-    told = {"image_processor_type": kind, **size, **half, "rescale_factor": 1 / 255} | ({"do_center_crop": False} if plan.words else {})
+    told = {"image_processor_type": kind, **size, **half, "rescale_factor": 1 / 255, "do_center_crop": False}
     (folder / "preprocessor_config.json").write_text(json.dumps(told, indent=1) + "\n")
     if plan.words:
         tokenizer().save_pretrained(folder)
