@@ -6,7 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from properties.table import variants
-from tiny import BATCHES, gradients, live, pairs, plain_label, plain_logp, policy, rng, rollout, seeing, shake, tiny, tokens, views
+from tiny import (
+    BATCHES,
+    gradients,
+    live,
+    pairs,
+    plain_label,
+    plain_logp,
+    policy,
+    rng,
+    rollout,
+    seeing,
+    shake,
+    tiny,
+    tokens,
+    views,
+)
 
 from temperament import parts, protocols
 from temperament.nn.batch import Tokens
@@ -27,7 +42,10 @@ def it():
 def subject(it, part):
     """What is trained on such batches: a language model, a policy, or a model of pictures."""
     if getattr(part, "batch", ())[:1] == ("Images",):
-        return shake(live(seeing("vit" if type(part).part_name.startswith("objectives.classify") else "clip")))
+        it = shake(live(seeing("clip" if type(part).part_name.startswith("objectives.contrastive") else "vit")))
+        for version in {*getattr(part, "needs", ())} - {"base", "start"}:
+            it.mark(version)
+        return shake(it)
     return shake(live(policy())) if getattr(part, "batch", ())[:1] == ("Steps",) else it
 
 
