@@ -208,6 +208,14 @@ class Gallery(Protocol):
     must: ClassVar = ("pictures",)
 
 
+class Visited(Protocol):
+    """Pictures met in a fixed order, each once: `visits(base) -> [(what they are, pictures)]`, `classes(base)` as of Pictured.
+    What its stream was told of each before it was learnt from lies in the step's folder (engine/record.py)."""
+
+    rooms: ClassVar = ("rollout",)
+    must: ClassVar = ("visits", "classes")
+
+
 class Builder(Protocol):
     """A `build` step: makes a data set, models in the loop. `make(ctx) -> Iterable[item | Rejection]`; provenance is kept."""
 
@@ -256,8 +264,8 @@ class Shape(Protocol):
 class Decode(Protocol):
     """What belongs to answering beside the weights: `hooks(base) -> objects with logits / on_token / stop` on the generation
     loop (engine/tokens.py); of the room `sample`, `engine.denoise.Hook`s on the denoising loop, and optionally `sampler`, how
-    many steps it takes. Optional, where there are words: `models(base) -> {name: model}`, decoded in lockstep with the subject, which is called
-    "model"; `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`,
+    many steps it takes. Optional, where there are words: `models(base) -> {name: model}`, decoded in lockstep with the subject,
+    which is called "model"; `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`,
     the prompt and the output in another form and the way back: hear(tell(a)) = a."""
 
     rooms: ClassVar = ("decode", "sample")

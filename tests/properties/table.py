@@ -18,6 +18,8 @@ TABLE: dict[str, list[dict]] = {
     "objectives.sft.cross_entropy": [{}, {"per": "example"}],
     "objectives.classify.cross_entropy": [{}, {"label_smoothing": 0.2}],
     "objectives.contrastive.clip": [{}],
+    "objectives.robust.rmt": [{"contrast": 0.0}, {"contrast": 0.0, "reverse": 0.0, "replay": 0.5}],
+    "objectives.robust.entropy_min": [{}],
     "objectives.preference.dpo": [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"reference": "base"}],
     "objectives.preference.ipo": [{}, {"beta": 0.5}, {"reference": "base"}],
     "objectives.policy.grpo": [
@@ -48,6 +50,8 @@ TABLE: dict[str, list[dict]] = {
     "adapters.lora": [{"rank": 3}, {"rank": 2, "alpha": 3.0, "rank_stabilised": True}, {"rank": 64}],
     "adapters.mixlora": [{"experts": 3, "rank": 2}],
     "adapters.class_head": [{"classes": ["a", "b", "c"]}, {"of": "data.digits", "name": "digits", "gain": 1.0}],
+    "adapters.batch_statistics": [{}, {"kept": 0.7}],
+    "adapters.projection_head": [{}, {"prototypes": "data.digits", "width": 5, "name": "other"}],
     "adapters.value_head": [{}, {"name": "right"}, {"hidden": 8}],
     "adapters.residual_policy": [{}, {"width": 8, "scale": 0.5, "gain": 0.01}],
     "adapters.copilot": [{}, {"layers": 3, "factor": 5.0, "keep": 2}],
@@ -133,6 +137,10 @@ TABLE: dict[str, list[dict]] = {
     "data.corrections": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}, "rewards": ["rewards.lab"], "first": "wrong"}],
     "data.s3ft": [{"rows": {"data.lab": {"skills": ["add"], "rows": 6}}}],
     "data.demonstrations": [{"task": "insert", "episodes": 23}, {"task": "wide", "episodes": 9, "aim": 0.0, "shake": 0.0}],
+    "rollout.test_stream": [
+        {"domains": ["data.sprites"]},
+        {"domains": [{"data.sprites": {"domain": "fog"}}, "data.sprites"], "rows": 9, "repeats": 2, "replay": "data.sprites"},
+    ],
     "rollout.episodes": [{"task": "insert"}, {"task": "reach", "explore": "plan", "group": 4}],
     "rollout.relift": [
         {
@@ -165,6 +173,7 @@ TABLE: dict[str, list[dict]] = {
     "evaluate.kid": [{"of": {"data.captions": {"captions": ["a disc"]}}, "items": 5}],
     "evaluate.lab": [{"target": "shift"}, {"retained": ["copy"], "items": 3}],
     "evaluate.pictures": [{}, {"factors": ["colour"], "items": 3}, {"of": "data.digits", "role": "retained"}],
+    "evaluate.prequential": [{"of": {"rollout.test_stream": {"domains": ["data.sprites"]}}, "items": 5}],
     "evaluate.control": [{"target": "insert"}, {"retained": ["lift"], "items": 3}],
     "evaluate.file": [{"data": {"data.file": {"path": "FILE"}}}],
     "evaluate.keep_pictures": [{}, {"items": 4, "captions": ["", "a dog"]}],

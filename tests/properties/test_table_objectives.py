@@ -44,7 +44,10 @@ def subject(it, part):
     if getattr(part, "batch", ())[:1] == ("Images",):
         if type(part).part_name.split(".")[1] in ("diffusion", "consistency"):
             return shake(live(unet(LCM, side=16)), 0.02)
-        return shake(live(seeing("vit" if type(part).part_name.startswith("objectives.classify") else "clip")))
+        it = shake(live(seeing("clip" if type(part).part_name.startswith("objectives.contrastive") else "vit")))
+        for version in {*getattr(part, "needs", ())} - {"base", "start"}:
+            it.mark(version)
+        return shake(it)
     return shake(live(policy())) if getattr(part, "batch", ())[:1] == ("Steps",) else it
 
 

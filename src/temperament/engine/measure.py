@@ -32,6 +32,8 @@ class System:
     seed: int = 0
     graded: bool = True  # also measure what scores do not need: the likelihood of answers, the divergence from the pure base
     model: Any = None  # a View to measure instead of the live base
+    folder: Path | None = None  # of the step that left it, where one did: what its source recorded lies there
+    key: str = ""  # and that step's address
 
     @property
     def tokenizer(self):

@@ -3,6 +3,7 @@
     logits(model, base, pixels)                 (rows, classes) of the base's own head
     logits(model, base, pixels, head="digits")  of a head that was added to it (nn/classes.py)
     features(model, base, pixels)               (rows, width) pooled: what heads read
+    both(model, base, pixels)                   the two, of one forward
     image_features, text_features               (rows, width) on the unit sphere, of a dual encoder (CLIP)
     fits(model, base, pixels, captions)         (rows, k): the logit of each of a picture's k captions
 
@@ -85,6 +86,11 @@ def features(model: Model, base: Any, pixels: Tensor) -> Tensor:
 
 
 def logits(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> Tensor:
+    return both(model, base, pixels, head)[0]
+
+
+def both(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> tuple[Tensor, Tensor]:
+    """(logits, features)."""
     with forward.active(model):
         own, pooled = _said(model, base, pixels)
         if head:
@@ -92,10 +98,10 @@ def logits(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> 
             if head not in known:
                 mend = f"the model has no such head; {nearest(head, known) if known else 'add adapters.class_head'}"
                 raise UserError("head", head, mend)
-            return known[head].logits(pooled)
+            return known[head].logits(pooled), pooled
         if own is None:
             raise UserError("head", None, f"{base.id} has no classes of its own; add adapters.class_head to the trainable")
-        return own
+        return own, pooled
 
 
 def width(base: Any) -> int:

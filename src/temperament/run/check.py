@@ -129,7 +129,8 @@ def _player_laws(
 ) -> Iterator[Law]:
     packs, kind = any(t.packed for t in token_fields(batch)), type(batch).__name__
     rows, objective = few(batch, ROWS), player.objectives[kind]
-    declared = [d for p in (objective, *player.regularizers) for d in getattr(p, "part_declares", ())]
+    trained = spec.trainable if player is players[0] else spec.players[player.name].trainable
+    declared = [d for p in (objective, *player.regularizers, *trained) for d in getattr(p, "part_declares", ())]
     split = coupled or next(
         (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
     )

@@ -61,12 +61,13 @@ class Skills:
     def system(self, model: Any = None, graded: bool = True) -> System:
         return System(self.base, self.recipe.inference, self.recipe.evaluation.batch, self.recipe.seed, graded, model)
 
-    def measure(self, path: Path, key: str, tell: Tell) -> tuple[dict[str, SkillResult], bool]:
-        """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they?"""
+    def measure(self, path: Path, key: str, tell: Tell, of: str = "") -> tuple[dict[str, SkillResult], bool]:
+        """Scores of the base's modules as they stand; from the file if they were measured before. Second: were they? of: the
+        address of the step in whose folder that file is."""
         outcomes = read_outcomes(path, key)
         cached = outcomes is not None
         if outcomes is None:
-            outcomes, system = [], self.system()
+            outcomes, system = [], replace(self.system(), folder=path.parent, key=of)
             for i, skill in enumerate(self.skills):
                 tell("measure", skill=skill.name, done=i, total=len(self.skills))
                 outcomes += skill.measure(system)
@@ -115,7 +116,7 @@ class Book:
 
     def measure(self, row: str, skills: Skills, path: Path, of: str) -> None:
         """Measure the modules as they stand, whose address is `of`; kept at `path`."""
-        self.rows[row], cached = skills.measure(path, skills.key(of), self.tell)
+        self.rows[row], cached = skills.measure(path, skills.key(of), self.tell, of)
         self.tell("measured", row=row, results=self.rows[row], cached=cached)
 
     def ledger(self) -> Ledger | None:

@@ -19,6 +19,7 @@ from typing import Any
 from temperament import parts
 from temperament.bases.load import Base
 from temperament.delta import Delta
+from temperament.engine.record import SCRATCH
 from temperament.errors import UserError, nearest
 from temperament.nn import draws
 from temperament.run import recipe as schema
@@ -130,7 +131,7 @@ class Steps:
         first = start.stage == job.round == 0
         seed = self.recipe.seed if first else draws.key(self.recipe.seed, "stage", start.stage, job.round) & 0x7FFFFFFF
         ctx = replace(
-            self.context(job), seed=seed, batch=spec.batch, micro=spec.micro, folder=job.place / "scratch", key=job.key
+            self.context(job), seed=seed, batch=spec.batch, micro=spec.micro, folder=job.place / SCRATCH, key=job.key
         )
         watched = [spec.stop.skill] if spec.stop else None
         look = lambda live, items: self.skills.look(live, items, watched if items else None)

@@ -26,7 +26,7 @@ from temperament.errors import Interrupted, UserError
 from temperament.nn.batch import Batch
 from temperament.nn.context import checkpointing
 from temperament.protocols import Progress
-from temperament.run.artefacts import Folder
+from temperament.run.artefacts import Folder, walk_all
 from temperament.run.recipe import Train
 from temperament.train import checkpoint
 from temperament.train.context import Context
@@ -61,6 +61,7 @@ def quiet_training(component: nn.Module) -> None:
 
 def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Player]:
     """The main player `policy`, then the further ones in their order. prepare: let parts look at the data first."""
+    must_be_whole(spec, ctx.world.size)
     company: list[Live] = []
     live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare), company)
     if not live.params:
@@ -90,6 +91,14 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
         its.ema = its.ema if own is not live else None  # one mean of one trainable
         players.append(its)
     return players
+
+
+def must_be_whole(spec: Train, processes: int) -> None:
+    """Refuse to split a batch whose rows a part makes depend on each other: what it then learns would hang on the split."""
+    coupling = [type(p).part_name for p in walk_all(spec) if "couples the batch" in p.part_declares]
+    if coupling and (spec.micro < spec.batch or processes > 1):
+        mend = f"{coupling[0]} couples the rows of a batch, which must be one forward: set micro to {spec.batch}"
+        raise UserError("train.micro", spec.micro, mend + (", and use one process" if processes > 1 else ""))
 
 
 def _built(trainables: list[Any], whose: str, spec: Train, ctx: Context, prepare: bool) -> list[Any]:

@@ -21,7 +21,7 @@ from temperament.bases.load import Base, load
 from temperament.delta import Delta
 from temperament.errors import Interrupted, TemperError, UserError, WorkFailed
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, cache_dir
+from temperament.run.artefacts import Folder, address, cache_dir, walk_all
 from temperament.run.diagnose import Subject, weights
 from temperament.run.ledger import Ledger
 from temperament.run.recipe import walk_steps
@@ -165,6 +165,7 @@ class _Tuning:
             self.base = load(recipe.base, own=True, **how)
         _ = self.base.reading  # before anything sets the modules otherwise
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
+        self.json["exceptions"] = exceptions(recipe)
         self.folder.save_run(self.json)
         self.skills = skills_of(recipe, self.base)
         for step in walk_steps(recipe.steps):
@@ -221,6 +222,12 @@ class _Tuning:
 def ledger_json(steps: Steps) -> dict[str, Any] | None:
     ledger = steps.book.ledger()
     return ledger.to_json() if ledger else None
+
+
+def exceptions(recipe: schema.Recipe) -> list[str]:
+    """What its parts declare that a reader of the numbers must know, a sentence each."""
+    said = {type(p).part_name: " and ".join(p.part_declares) for p in walk_all(recipe) if p.part_declares}
+    return [f"{name} {what}." for name, what in sorted(said.items())]
 
 
 def environment() -> dict[str, Any]:

@@ -64,8 +64,9 @@ class Views:
             raise UserError("players", player, f"no player is called so; {nearest(player, self.others)}")
         heads = (self.others[player] if player else self.live).heads
         if name not in heads:
+            mend = "add a part that brings one to its trainable, e.g. adapters.value_head or adapters.projection_head"
             raise UserError(
-                "head", name, f"{player or 'the player'} has no such head; add adapters.value_head to its trainable"
+                "head", name, f"{player or 'the player'} has no such head; {nearest(name, heads) if heads else mend}"
             )
         return heads[name]
 
