@@ -1,4 +1,4 @@
-"""[062] Style injection: a style set in by attention keeps the content better, or is nearer to the style, than by statistics alone.
+"""[062] Style injection: a style set in by attention weighs content and style better than statistics of the noise alone.
 
 Contents and styles are scenes of the sprite world that the lab generator never saw, of unlike colours and backgrounds, walked
 back to noise. Compared: (1 + style) (1 + layout), as ArtFID weighs the two: style, the distance of the colours' mean and
@@ -75,8 +75,8 @@ def run(seed, lab):
 claim = Claim(
     paper="062",
     title="Style Injection in Diffusion: A Training-free Approach for Adapting Large-scale Diffusion Models for Style Transfer",
-    says="Keys and values of the style and queries of the content, in the decoder's self-attention, weigh style against content "
-    "better than statistics of the noise alone.",
+    says="Queries of the content with keys and values of the style, in the decoder's self-attention, weigh style against "
+    "content better than statistics of the noise alone.",
     parts=("sample.style_injection",),
     measure="art",
     better="lower",

@@ -4,8 +4,8 @@
         base + shape(delta, s)  ->  gain on the targets, change of the retained skills, both against the base
 
 The best point gains most on the targets among those whose retained skills lose no more than the budget on average; strength 0
-is the base and always qualifies, so there is always an answer. Where skills are pictures that the model paints, each point keeps
-a few of them: the same captions from the same noise at every strength.
+is the base and always qualifies, so there is always an answer. Where the model paints, each point keeps a few pictures: the
+same captions from the same noise at every strength.
 """
 
 from __future__ import annotations
