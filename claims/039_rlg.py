@@ -5,6 +5,8 @@ reward at weight 1.5 of the guidance against the tuned model itself (weight 1). 
 it grows all along, and how often captions are still painted as asked.
 """
 
+from itertools import pairwise
+
 from temperament.run.claims import Claim
 
 SAID = [f"a {colour} {shape}" for colour in ("red", "blue", "white") for shape in ("cross", "disc", "triangle", "bar")]
@@ -38,7 +40,7 @@ def run(seed, lab):
         system = {"base": "lab/unet", "steps": [merge], "inference": [SAMPLER, {"sample.rl_guidance": {"weight": w}}]}
         got = lab.tune(f"at-{w:g}", system | {"evaluation": evaluation()}, seed)["skills"]
         reward[w], asked[w] = got["reward"]["after"], got["disc"]["after"]
-    grows = float(all(reward[a] < reward[b] for a, b in zip(WEIGHTS, WEIGHTS[1:], strict=False)))
+    grows = float(all(reward[a] < reward[b] for a, b in pairwise(WEIGHTS)))
     at = {f"at {w:g}": reward[w] for w in (0.0, 0.5, 2.0)}
     method = {"reward": reward[1.5], "asked": asked[1.5], "grows": grows, **at}
     return {"method": method, "baseline": {"reward": reward[1.0], "asked": asked[1.0]}}

@@ -309,3 +309,33 @@ def test_a_dial_of_two_shapes_is_two_pairs_of_curves():
     assert both["chart"].count("<polyline") == 4 and len(both["legend"]) == 4 and len(both["rows"]) == 6
     assert [r["shape"] for r in both["rows"] if r["best"]] == ["lines"] and "0.5 (lines)" in both["said"]
     assert [r["moved"] for r in both["rows"]][3] == "\u221210", "against the base, not against the first of its shape"
+
+
+def swept(strengths=(0.0, 0.5, 1.0, 1.5), size=16, rows=3):
+    """A dial whose points carry pictures: one caption a row, redder with the strength."""
+    image = lambda s, i: fixtures.png((int(80 + 100 * s), 40, 40), i, size)
+    painted = lambda s: [{"skill": f"skill {i}", "caption": f"a <b>cross</b> {i}", "image": image(s, i)} for i in range(rows)]
+    points = [{"shape": "merge.linear", "strength": s, "target": s / 2, "retained": 1 - s / 4, "pictures": painted(s)}
+              for s in strengths]  # fmt: skip
+    return {"points": points, "best": points[2], "budget": 5}
+
+
+def test_the_dial_is_a_row_of_pictures():
+    page = html(fixtures.diffusion() | {"dial": swept()})
+    found = Page(page)
+    shown = [a for t, a in zip(found.tags, found.attributes, strict=False) if t == "img"]
+    assert page.count('alt="at strength') == 12 and len(shown) >= 12 and "a <b>cross" not in page
+    row = [page.index(swept()["points"][k]["pictures"][0]["image"]) for k in range(4)]
+    assert row == sorted(row) and page.count(", best</small>") == 3  # by strength, the best of each row marked
+    without = html(fixtures.diffusion() | {"dial": swept() | {"points": [{**p, "pictures": []} for p in swept()["points"]]}})
+    assert "at strength" not in without.partition('id="dial"')[2].partition("</section>")[0].replace("At strength", "")
+
+
+def test_rows_of_the_dial_that_do_not_fit_are_left_out_whole():
+    from temperament.report.extras import turned
+
+    rows = turned(swept(rows=6), 10**9)
+    cost = sum(len(c["image"]) for c in rows[0]["cells"])
+    few = turned(swept(rows=6), int(2.5 * cost))
+    assert len(rows) == 6 and 1 <= len(few) < 6 and all(len(r["cells"]) == 4 for r in few)
+    assert turned(None, 9) == turned({"points": [{"strength": 1, "pictures": [{"image": "javascript:1"}, 3]}]}, 9**9) == []

@@ -23,3 +23,19 @@ def test_of_nats_less_is_more():
     assert [p["target_change"] for p in points] == [0.0, 300.0, 200.0] and points[1]["target"] == 1.0
     both = _Some(SimpleNamespace(skills=[text, skill("add", "target")]), 4)
     assert both.worth({"text": 1.0, "add": 0.5}) == -0.25
+
+
+def test_what_is_painted_stays_with_the_point():
+    """Two pictures of a target, one of each other skill; scores without pictures keep none."""
+    outcome = lambda name, i, **extra: SimpleNamespace(prompt=f"{name} {i}", score=1.0, extra=extra)
+
+    def made(name, role, paints):
+        s = skill(name, role)
+        s.measure = lambda system: [outcome(name, i, **({"image": f"{name}{i}"} if paints else {})) for i in range(3)]
+        return s
+
+    skills = [made("reward", "target", True), made("disc", "retained", True), made("text", "retained", False)]
+    some = _Some(SimpleNamespace(skills=skills, system=lambda graded: None), 3)
+    assert some.values() == {"reward": 1.0, "disc": 1.0, "text": 1.0}
+    assert [(p["caption"], p["image"]) for p in some.painted] == [
+        ("reward 0", "reward0"), ("reward 1", "reward1"), ("disc 0", "disc0")]  # fmt: skip

@@ -150,9 +150,9 @@ def sheet(pixels: Tensor, gap: int = 6) -> Tensor:
     return torch.nn.functional.pad(torch.cat(rows, -2), (0, gap, 0, gap), value=0.93)
 
 
-def png(pixels: Tensor) -> str:
-    """(3, H, W) in 0..1 -> data:image/png;base64,... without any library: eight bits, three channels."""
-    return f"data:image/png;base64,{base64.b64encode(png_bytes(pixels)).decode()}"
+def png(pixels: Tensor, side: int = 192) -> str:
+    """(3, H, W) in 0..1 -> data:image/png;base64,... without any library: eight bits, three channels; large ones reduced."""
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(thumbnail(pixels, side))).decode()}"
 
 
 def png_bytes(pixels: Tensor) -> bytes:

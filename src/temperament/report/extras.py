@@ -104,6 +104,27 @@ def images(found: Any, budget: int) -> dict[str, Any] | None:
     return {"pairs": good, "total": total} if good else None
 
 
+def turned(d: Any, budget: int) -> list[dict[str, Any]]:
+    """The dial as rows of pictures: one caption from one noise, a picture a strength. Whole rows, until the budget is spent."""
+    points = [p for p in (d or {}).get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]
+    best = d.get("best") if isinstance((d or {}).get("best"), Mapping) else {}
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for p in sorted(points, key=lambda p: p["strength"]):
+        shape = show.name(str(p.get("shape") or "merge.linear").removeprefix("merge."))
+        is_best = p["strength"] == best.get("strength") and p.get("shape") == best.get("shape")
+        for i in p.get("pictures") or []:
+            if isinstance(i, Mapping) and (uri := show.picture(i.get("image"))):
+                cell = {"strength": show.digits(p["strength"]), "image": uri, "best": is_best}
+                rows.setdefault((show.name(i.get("skill")), show.clip(i.get("caption"), 160), shape), []).append(cell)
+    many, found = len({shape for *_, shape in rows}) > 1, []
+    for (skill, caption, shape), cells in rows.items():
+        budget -= sum(len(c["image"]) for c in cells)
+        if budget < 0:
+            break
+        found.append({"skill": skill, "caption": caption, "shape": shape if many else "", "cells": cells})
+    return found
+
+
 def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A line of facts under the verdict: base, size of the change, cost."""
     delta, cost, base = (run.get(k) if isinstance(run.get(k), Mapping) else {} for k in ("delta", "cost", "base"))

@@ -111,6 +111,7 @@ def _page(run: Mapping[str, Any], share: float) -> str:
         "matrix": drawn("matrix", views.matrix, ledger.get("matrix")),
         "curves": drawn("log", charts.curves, run.get("log")),
         "dial": drawn("dial", charts.dial, run.get("dial")),
+        "turned": drawn("dial", extras.turned, run.get("dial"), int(IMAGE_BYTES * share / 2), otherwise=[]),
         "images": drawn("images", extras.images, run.get("images"), int(IMAGE_BYTES * share)),
         "items": drawn("items", picked, run.get("items") or {}),
         "weights": drawn("weights", extras.weights, run.get("weights")),

@@ -4,18 +4,19 @@
         base + shape(delta, s)  ->  gain on the targets, change of the retained skills, both against the base
 
 The best point gains most on the targets among those whose retained skills lose no more than the budget on average; strength 0
-is the base and always qualifies, so there is always an answer.
+is the base and always qualifies, so there is always an answer. Where the model paints, each point keeps a few pictures: the
+same captions from the same noise at every strength.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from temperament import parts
 from temperament.delta import Delta
 from temperament.errors import UserError
-from temperament.protocols import Shape
+from temperament.protocols import Outcome, Shape
 
 
 def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
@@ -31,18 +32,20 @@ def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambd
         )
     base.reset()
     zero = some.values()
-    points = []
+    painted, points = some.painted, []
     for name in spec.shape:
         shape = parts.build(name, Shape, "evaluation.dial.shape")
         for s in spec.strengths:
             # merge.linear at 0 is the base itself; other shapes at 0 still change the deep blocks
             if s == 0 and name == "merge.linear":
-                values = zero
+                values, some.painted = zero, painted
             else:
                 base.reset()
                 base.apply(shape.scale_delta(delta, s, base.places))
                 values = some.values()
             points.append({"shape": name, "strength": s, **some.summary(values, zero), "skills": values})
+            if some.painted:
+                points[-1]["pictures"] = some.painted
             tell("dial", point=points[-1])
     base.reset()
     best = choose(points, spec.budget)
@@ -71,13 +74,22 @@ class _Some:
         self.targets = [s.name for s in self.skills if s.role == "target"]
         self.sign = {s.name: 1 if s.how.get("higher_is_better", True) else -1 for s in self.skills}
         self.retained = [s.name for s in self.skills if s.role == "retained" and not s.how.get("unit")]
+        self.painted: list[dict[str, str]] = []  # of the last look
 
     def values(self) -> dict[str, float]:
-        system, out = self.all.system(graded=False), {}
+        system, out, self.painted = self.all.system(graded=False), {}, []
         for s in self.skills:
-            scores = [o.score for o in s.measure(system) if o.score is not None]
+            outcomes = s.measure(system)
+            scores = [o.score for o in outcomes if o.score is not None]
             out[s.name] = sum(scores) / max(len(scores), 1)
+            self._keep(s, outcomes)
         return out
+
+    def _keep(self, skill: Any, outcomes: Sequence[Outcome]) -> None:
+        """The first pictures of a skill that paints: two of a target, one of the others, eight in all."""
+        made = [o for o in outcomes if o.extra.get("image")][: 2 if skill.role == "target" else 1]
+        told = [{"skill": skill.name, "caption": o.prompt, "image": o.extra["image"]} for o in made]
+        self.painted += told[: 8 - len(self.painted)]
 
     def worth(self, values: dict[str, float]) -> float:
         """Mean of the targets, up meaning better: of nats less is."""
