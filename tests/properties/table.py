@@ -37,6 +37,7 @@ TABLE: dict[str, list[dict]] = {
     "objectives.sft.asft": [{}, {"direction": "reverse", "reference": "base", "per": "example"}],
     "regularizers.l1": [{"of": "new"}, {"of": "new", "per_entry": False, "weight": 0.3}],
     "regularizers.kl": [{}, {"direction": "forward", "weight": 0.7}, {"version": "start"}],
+    "regularizers.dr_tune": [{"bank": 6}, {"bank": 9, "weight": 0.5, "calibrate": False, "version": "start"}],
     "adapters.lora": [{"rank": 3}, {"rank": 2, "alpha": 3.0, "rank_stabilised": True}, {"rank": 64}],
     "adapters.mixlora": [{"experts": 3, "rank": 2}],
     "adapters.class_head": [{"classes": ["a", "b", "c"]}, {"of": "data.digits", "name": "digits", "gain": 1.0}],
