@@ -41,6 +41,7 @@ TABLE: dict[str, list[dict]] = {
     "adapters.lora": [{"rank": 3}, {"rank": 2, "alpha": 3.0, "rank_stabilised": True}, {"rank": 64}],
     "adapters.mixlora": [{"experts": 3, "rank": 2}],
     "adapters.class_head": [{"classes": ["a", "b", "c"]}, {"of": "data.digits", "name": "digits", "gain": 1.0}],
+    "adapters.side.hst": [{"classes": ["a", "b", "c"], "widths": [8, 12], "heads": [2, 3]}],
     "adapters.value_head": [{}, {"name": "right"}, {"hidden": 8}],
     "adapters.residual_policy": [{}, {"width": 8, "scale": 0.5, "gain": 0.01}],
     "adapters.copilot": [{}, {"layers": 3, "factor": 5.0, "keep": 2}],
