@@ -143,6 +143,15 @@ def gradients(it: Live, objective: Any, batch: Any, micro: int, regularizers: An
     return {n: p.tensor.grad.clone() if p.tensor.grad is not None else zero(p) for n, p in it.params.items()}, got
 
 
+def at_work(regularizer: Any, it: Live, *batches: Any) -> Any:
+    """What the loop asks: the part itself, or what it builds, having seen these batches."""
+    if not hasattr(regularizer, "build"):
+        return regularizer
+    ctx = context(it.base)
+    ctx.prepared = regularizer.prepare(it.base, ctx, batches) if hasattr(regularizer, "prepare") else {}
+    return regularizer.build(it.base, ctx)
+
+
 def plain_logp(model: torch.nn.Module, t: Tokens) -> Tensor:
     """(rows, T, V) log-probabilities of what predicts each token, from the model's own logits, row by row, document by
     document."""

@@ -149,10 +149,15 @@ class Regularizer(Protocol):
     `per = "step"`: `loss(None, views)` once an optimizer step; its terms have count 1.
 
     Optional: `prepare(whole, views)`, once for the whole batch before its first forward: the statistics without gradient of
-    a term that couples the batch. Modules of a trainable may bring such terms of their own (`Trained.terms`)."""
+    a term that couples the batch. Modules of a trainable may bring such terms of their own (`Trained.terms`).
+
+    One that remembers from step to step builds what remembers: `build(base, ctx) -> object` with the methods above, and
+    optionally `after_step(progress)`, the only moment at which its memory may move, and `state_dict() -> {name: tensor}`,
+    `load_state_dict`, kept in the checkpoint. A part that builds may look at the data first, as a trainable does: its own
+    `prepare(base, ctx, batches)`, found again in `ctx.prepared`."""
 
     rooms: ClassVar = ("regularizers",)
-    must: ClassVar = ("loss", "per")
+    must: ClassVar = ("per",)  # and loss, of the part or of what it builds
     scheduled: ClassVar = True
 
 

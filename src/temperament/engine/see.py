@@ -4,6 +4,7 @@
     logits(model, base, pixels, head="digits")  of a head that was added to it (nn/classes.py)
     features(model, base, pixels)               (rows, width) pooled: what heads read
     both(model, base, pixels)                   the two, of one forward
+    say(model, base, features)                  (rows, classes) what a head makes of features; `directions`: its weight
     image_features, text_features               (rows, width) on the unit sphere, of a dual encoder (CLIP)
     fits(model, base, pixels, captions)         (rows, k): the logit of each of a picture's k captions
 
@@ -23,7 +24,8 @@ from temperament.engine.pictures import normalised
 from temperament.errors import UserError, nearest
 from temperament.nn import forward
 from temperament.nn.batch import Images
-from temperament.nn.classes import heads
+from temperament.nn.classes import ClassHead, heads
+from temperament.nn.context import context
 from temperament.nn.forward import Model
 
 
@@ -81,8 +83,11 @@ def said(model: Model, base: Any, rows: Images) -> Tensor:
     return pooled if more is None else torch.cat([more, pooled], 1)
 
 
-def features(model: Model, base: Any, pixels: Tensor) -> Tensor:
-    return _said(model, base, pixels)[1]
+def features(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> Tensor:
+    """What the head reads: the pooled features, unless it computes others of its own."""
+    with forward.active(model), context():
+        pooled = _said(model, base, pixels)[1]
+        return _added(model, head).reads(pooled) if head else pooled
 
 
 def logits(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> Tensor:
@@ -91,17 +96,53 @@ def logits(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> 
 
 def both(model: Model, base: Any, pixels: Tensor, head: str | None = None) -> tuple[Tensor, Tensor]:
     """(logits, features)."""
-    with forward.active(model):
+    with forward.active(model), context():
         own, pooled = _said(model, base, pixels)
         if head:
-            known = heads(model)
-            if head not in known:
-                mend = f"the model has no such head; {nearest(head, known) if known else 'add adapters.class_head'}"
-                raise UserError("head", head, mend)
-            return known[head].logits(pooled), pooled
+            added = _added(model, head)
+            features = added.reads(pooled)
+            return added.logits(features), features
         if own is None:
-            raise UserError("head", None, f"{base.id} has no classes of its own; add adapters.class_head to the trainable")
+            raise UserError("head", None, _CLASSLESS.format(base.id))
         return own, pooled
+
+
+def say(model: Model, base: Any, features: Tensor, head: str | None = None) -> Tensor:
+    """The logits of features that are at hand."""
+    with forward.active(model):
+        if head:
+            return _added(model, head).logits(features)
+        return _own(model, base)(features)
+
+
+def directions(model: Model, base: Any, head: str | None = None) -> Tensor:
+    """(classes, width): the weight of a head's last map, a row for each class."""
+    with forward.active(model):
+        found = _added(model, head) if head else _own(model, base)
+        return [m for m in found.modules() if isinstance(m, nn.Linear)][-1].weight
+
+
+_CLASSLESS = "{} has no classes of its own; add adapters.class_head to the trainable"
+
+
+def _own(model: Model, base: Any) -> nn.Module:
+    found = None if dual(base) else _classifier(forward.module_of(model))
+    if found is None:
+        raise UserError("head", None, _CLASSLESS.format(base.id))
+    return found
+
+
+def _added(model: Model, head: str) -> ClassHead:
+    known = heads(model)
+    if head not in known:
+        mend = f"the model has no such head; {nearest(head, known) if known else 'add adapters.class_head'}"
+        raise UserError("head", head, mend)
+    return known[head]
+
+
+def newest(model: Model) -> str | None:
+    """The head that is trained where none is named: the newest that was added, else (None) the base's own."""
+    return next(reversed(heads(model)), None)
 
 
 def width(base: Any) -> int:

@@ -3,7 +3,8 @@
     heads(model) -> {name: ClassHead}       those that take part in it as it is now (none in the version "base")
 
 A head stands around the whole model and leaves what that says as it was, so the base's own classes can still be asked; its
-logits are asked for by name, of the pooled features (`engine/see.py`)."""
+logits are asked for by name, of the features it `reads` (`engine/see.py`): the base's pooled ones, or what it has computed
+beside the model in the same forward."""
 
 from __future__ import annotations
 
@@ -31,6 +32,10 @@ class ClassHead(Around):
 
     def forward(self, base: Under, *args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
+
+    def reads(self, pooled: Tensor) -> Tensor:
+        """Its features, in the forward that gave the model's pooled ones."""
+        return pooled
 
     def logits(self, features: Tensor) -> Tensor:
         return self.strength * self.linear(features.to(self.linear.weight.dtype))

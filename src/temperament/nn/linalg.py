@@ -83,3 +83,15 @@ class IncrementalPCA:
         """(k,) share of the variance of all rows that each component holds; of rows that are all alike, 0."""
         total = self.square.sum()
         return self.values**2 / total if total > 0 else torch.zeros_like(self.values)
+
+
+@torch.no_grad()
+def rotation(X: Tensor, Y: Tensor) -> Tensor:
+    """R (d, d), det R = +1, that brings the rows of X (n, d) nearest to those of Y:  min over rotations of |X R^T - Y|.
+
+    X^T Y = U S V^T,    R = V diag(1, ..., 1, det(V U^T)) U^T. Source: Kabsch 1976; Schoenemann 1966 without the sign.
+    """
+    U, _, Vh = torch.linalg.svd(X.double().T @ Y.double())
+    sign = torch.ones(len(U), dtype=U.dtype, device=U.device)
+    sign[-1] = torch.linalg.det(Vh.T @ U.T).sign()
+    return ((Vh.T * sign) @ U.T).to(X)

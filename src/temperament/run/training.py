@@ -63,6 +63,7 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
     """The main player `policy`, then the further ones in their order. prepare: let parts look at the data first."""
     must_be_whole(spec, ctx.world.size)
     company: list[Live] = []
+    seen = _seen(spec, ctx) if prepare else {}  # while nothing is attached yet
     live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare), company)
     if not live.params:
         raise UserError(
@@ -74,7 +75,7 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
     views = Views(live, ctx.world, spec.micro, ctx.seed, others)
     ctx.live, ctx.views = live, views
     objectives = spec.objective if isinstance(spec.objective, dict) else dict.fromkeys(spec.objective.batch, spec.objective)
-    players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx)]
+    players = [_player("policy", live, spec.optimizer, objectives, spec.regularizers, views, spec, ctx, seen)]
     for name, more in spec.players.items():
         if name in others:
             raise UserError("train.players", name, "the main player is called so; give this one another name")
@@ -86,7 +87,7 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
                 own = Live(ctx.base, _built(more.trainable, name, spec, ctx, prepare), company, others.get(more.on))
         others[name] = own
         views = Views(own, ctx.world, spec.micro, ctx.seed, others)
-        its = _player(name, own, more.optimizer, more.objective, more.regularizers, views, spec, ctx)
+        its = _player(name, own, more.optimizer, more.objective, more.regularizers, views, spec, ctx, seen)
         its.every, its.from_step = more.every, more.from_step
         its.ema = its.ema if own is not live else None  # one mean of one trainable
         players.append(its)
@@ -109,6 +110,14 @@ def _built(trainables: list[Any], whose: str, spec: Train, ctx: Context, prepare
         made.append(part.build(ctx.base, ctx))
     ctx.prepared = {}
     return made
+
+
+def _seen(spec: Train, ctx: Context) -> dict[str, dict[str, Tensor]]:
+    """What regularizers that remember learn from the data, by their place."""
+    every = [("policy", spec.regularizers), *((n, more.regularizers) for n, more in spec.players.items())]
+    slots = {f"{n}-regularizer-{i}": r for n, some in every for i, r in enumerate(some)}
+    looks = {slot: r for slot, r in slots.items() if hasattr(r, "build") and hasattr(r, "prepare")}
+    return {slot: prepared(r, slot, spec, ctx) for slot, r in looks.items()}
 
 
 def prepared(part: Any, slot: str, spec: Train, ctx: Context) -> dict[str, Tensor]:
@@ -141,11 +150,17 @@ def _batches(spec: Train, ctx: Context) -> Iterator[Batch]:
 
 
 def _player(
-    name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context
-) -> Player:
+    name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context,
+    seen: dict[str, dict[str, Tensor]],
+) -> Player:  # fmt: skip
     needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
-    player = Player(name, live, optimizer, stepper, objectives, list(regularizers), views, clip=spec.clip, ema=spec.ema)
+    at_work = []
+    for i, r in enumerate(regularizers):
+        ctx.prepared = seen.get(f"{name}-regularizer-{i}", {})
+        at_work.append(r.build(ctx.base, ctx) if hasattr(r, "build") else r)
+    ctx.prepared = {}
+    player = Player(name, live, optimizer, stepper, objectives, at_work, views, clip=spec.clip, ema=spec.ema)
     if "start" in needs and any(not _zero(p) for part in live.parts for _, p in part.attached()):
         live.mark("start")
     if "ema" in needs and spec.ema is None:
@@ -326,11 +341,17 @@ def _save(place: Path, done: int, players: list[Player], stream: Any, memory: di
     for p in players:
         if p.name in owners(players):
             tensors[f"{p.name}.live"] = p.live.state_dict()
+        if kept := {f"{i}/{n}": t for i, r in _remembering(p) for n, t in r.state_dict().items()}:
+            tensors[f"{p.name}.regularizers"] = kept
         tensors[f"{p.name}.optimizer"], rest[p.name] = checkpoint.flatten_optimizer(p.stepper)
     source = stream.state_dict() if hasattr(stream, "state_dict") else {}
     if source.get("tensors"):
         tensors["source"] = source["tensors"]
     checkpoint.save(place, done, tensors, {**memory, "optimizers": rest, "source": source.get("json")}, keep)
+
+
+def _remembering(player: Player) -> list[tuple[int, Any]]:
+    return [(i, r) for i, r in enumerate(player.regularizers) if hasattr(r, "state_dict")]
 
 
 def owners(players: list[Player]) -> list[str]:
@@ -348,6 +369,9 @@ def _take_up(place: Path, key: str, players: list[Player], stream: Any, tell: Ca
     for p in players:
         if p.name in owners(players):
             p.live.load_state_dict(tensors[f"{p.name}.live"])
+        kept = tensors.get(f"{p.name}.regularizers", {})
+        for i, r in _remembering(p):
+            r.load_state_dict({n.partition("/")[2]: t for n, t in kept.items() if n.startswith(f"{i}/")})
         checkpoint.unflatten_optimizer(p.stepper, tensors[f"{p.name}.optimizer"], state["optimizers"][p.name])
     if state.get("source") is not None or "source" in tensors:
         stream.load_state_dict({"tensors": tensors.get("source", {}), "json": state.get("source")})

@@ -282,6 +282,9 @@ def update(player: Player, progress: Progress, norm: float) -> float:
     player.live.before_step(progress)
     player.stepper.step()
     player.live.after_step(progress)
+    for r in player.regularizers:
+        if hasattr(r, "after_step"):
+            r.after_step(progress)
     player.live.reselect(progress, player.stepper.state)
     player.stepper.zero_grad(set_to_none=True)
     if player.ema is not None:

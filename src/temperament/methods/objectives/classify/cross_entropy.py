@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from temperament.engine import see
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.nn.classes import heads
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
@@ -38,7 +37,7 @@ class CrossEntropy:
         return {"cross_entropy": n, "accuracy": n}
 
     def loss(self, micro: Images, views: Any) -> Terms:
-        head = self.head or next(reversed(heads(views.model)), None)
+        head = self.head or see.newest(views.model)
         logits = see.logits(views.model, views.live.base, micro.pixels, head).float()
         if int(micro.labels.max()) >= logits.shape[1]:
             mend = f"the head that is trained has {logits.shape[1]} classes; add adapters.class_head with `of` this source"
