@@ -10,7 +10,12 @@ from packaging.requirements import Requirement
 from temperament.run import doctor
 
 ROOT = Path(__file__).parents[1]
-CALLED = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}  # module -> distribution
+CALLED = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "huggingface_hub": "huggingface-hub",
+}  # module -> distribution
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {extra: {Requirement(r).name for r in wanted} for extra, wanted in PROJECT["optional-dependencies"].items()}
 

@@ -95,7 +95,7 @@ def test_rows_under_noise_do_not_know_their_company(base):
 
 def test_the_chain_says_how_likely_it_was(base):
     """Against the density written out: the mean over entries of a normal around the mean of the step."""
-    made = denoise(base, ["a red cross"] * 2, how := Sampler(4, 1.0, 1.0), seed=1, record=True)
+    made = denoise(base, ["a red cross"] * 2, Sampler(4, 1.0, 1.0), seed=1, record=True)
     chain = made.chain
     assert chain.weights.tolist() == [[1, 1, 1, 0]] * 2
     got = logp(base, chain)

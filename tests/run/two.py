@@ -19,7 +19,11 @@ ADAMW = {"optim.adamw": {"lr": 1e-4}}
 
 
 def step(name: str, **train: Any) -> dict[str, Any]:
-    return {"name": name, "ledger": False, "train": {"source": ADD, "optimizer": ADAMW, "batch": 5, "micro": 2, "steps": 3, **train}}
+    return {
+        "name": name,
+        "ledger": False,
+        "train": {"source": ADD, "optimizer": ADAMW, "batch": 5, "micro": 2, "steps": 3, **train},
+    }
 
 
 def sampled(group: int = 2) -> dict[str, Any]:
@@ -33,13 +37,16 @@ def rounds() -> list[dict[str, Any]]:
     return [{"name": "spin", "rounds": {"times": 2, "steps": inner}}]
 
 
-TREE = {"prompts": {"data.lab": {"skills": ["story"], "rows": 8}}, "rewards": ["rewards.number"], "separator": ";", "stage": 4,
-        "actions": 2, "root_actions": 3, "depth": 2, "iterations": 1, "first": 2, "greedy": False, "step_tokens": 8}  # fmt: skip
+TREE = {"prompts": {"data.lab": {"skills": ["story"], "rows": 8}}, "rewards": ["rewards.number"], "separator": ";",
+        "stage": 4, "actions": 2, "root_actions": 3, "depth": 2, "iterations": 1, "first": 2, "greedy": False, "step_tokens": 8}  # fmt: skip
 CRITIC = {"objective": {"Rollout": "objectives.policy.value"},
           "trainable": [{"adapters.lora": {"rank": 2}}, "adapters.value_head"]}  # fmt: skip
 TEACH = {"objective": {"Tokens": "objectives.sft.cross_entropy"}}
 EXPLORE = {"rollout.episodes": {"task": "insert"}}
-PLAYED = {"objective": {"Rollout": {"objectives.policy.value": {"epochs": 2}}}, "trainable": [{"adapters.value_head": {"hidden": 8}}]}
+PLAYED = {
+    "objective": {"Rollout": {"objectives.policy.value": {"epochs": 2}}},
+    "trainable": [{"adapters.value_head": {"hidden": 8}}],
+}
 
 FAMILIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "masks that move": ("lab/lm-small", [step("lift", trainable={"select.lift": {"rank": 4, "share": 0.1, "refresh": 2}})]),

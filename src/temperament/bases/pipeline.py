@@ -1,6 +1,6 @@
 """Pipelines: a folder or an id in the layout of diffusers, as the components and processors of a base.
 
-    model_index.json        {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"], ...}
+    model_index.json        {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": [...], ...}
     unet/ text_encoder/     each a folder of its own, config.json and safetensors
 
     denoiser      the U-Net or the transformer        codec           the autoencoder, where pictures are made in its latents

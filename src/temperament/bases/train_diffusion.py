@@ -29,7 +29,8 @@ from temperament.nn import draws
 LAB = Path(__file__).parent / "lab"
 SCHEDULERS = {
     "unet": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear",
-             "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction", "clip_sample": False, "timestep_spacing": "trailing",
+             "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction", "clip_sample": False,
+             "timestep_spacing": "trailing",
              "set_alpha_to_one": True},
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }  # fmt: skip
@@ -169,8 +170,8 @@ def save(base: Base, kind: str, folder: Path, found: dict[str, float], plan: Pla
     said = ", ".join(f"{k} {100 * v:.0f} %" for k, v in found.items())
     (folder / "README.md").write_text(
         f"# lab/{kind}\n\nA tiny text-to-image model of the sprite world, made for tests and experiments: 16 x 16 pixels, "
-        f"{count:,} parameters, fp16.\nTrained by `python -m temperament.bases.train_diffusion {kind}` with seed {plan.seed}. Of "
-        f"400 samples for captions held out of training, these\nshow what was asked (all: shape, colour and place at once): "
+        f"{count:,} parameters, fp16.\nTrained by `python -m temperament.bases.train_diffusion {kind}` with seed {plan.seed}. "
+        f"Of 400 samples for captions held out of training, these\nshow what was asked (all: shape, colour and place at once): "
         f"{said}.\n\nLicence: Apache-2.0.\n"
     )
 

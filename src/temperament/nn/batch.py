@@ -13,8 +13,8 @@ kinds; no kind writes its own. A field that is not row-aligned has no place in a
     Captions    captions alone, for what paints the pictures itself
     Chain       steps of denoising, each a decision: what was there, what was made of it
 
-What runs along time (`Tokens`, `Steps`, `Chain`) says itself how likely a model finds it (`logp`) and what a critic may read of it
-(`states`), so that an objective of sampled behaviour is one formula for words and for motions."""
+What runs along time (`Tokens`, `Steps`, `Chain`) says itself how likely a model finds it (`logp`) and what a critic may read
+of it (`states`), so that an objective of sampled behaviour is one formula for words and for motions."""
 
 from __future__ import annotations
 

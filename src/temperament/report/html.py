@@ -3,8 +3,8 @@
     render(run, out)        run = the contents of run.json, and whatever of these there is:
 
     log          [{"step", "loss", "terms": {name: x}, "skills": {name: 0..1}, "stage", any other number}], a line a step
-    items        {skill: [{"id", "prompt", "expected", "before", "after", "status": kept|gained|lost|missed}]}; "image", data URI
-                 of what was asked, or "image_before" and "image_after", of what each made
+    items        {skill: [{"id", "prompt", "expected", "before", "after", "status": kept|gained|lost|missed}]}; "image", data
+                 URI of what was asked, or "image_before" and "image_after", of what each made
     dial         {"points": [{"strength", "target", "retained", "skills": {name: level}}], "best": {...}, "budget": points}
     compare      {"points": [{"method", "seed", "gain", "loss", "seconds", "peak_bytes", "parameters"}], "note"};
                  gain and loss are shares, loss >= 0
