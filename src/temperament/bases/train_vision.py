@@ -73,10 +73,10 @@ def clip() -> nn.Module:
 TOWER = {"image_size": sprites.SIZE, "patch_size": 4, "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
          "intermediate_size": 192}  # fmt: skip
 PLANS = {
-    "vit": Plan(vit, steps=5000),
+    "vit": Plan(vit, steps=9000),
     "cnn": Plan(cnn, steps=3000),
-    "clip": Plan(clip, words=True, scenes=20_000, steps=3500, rows=64, rate=2e-3),
-    "clip-b": Plan(clip, words=True, scenes=20_000, steps=3500, rows=64, rate=2e-3, seed=1),
+    "clip": Plan(clip, words=True, scenes=20_000, steps=6500, rows=64, rate=2e-3),
+    "clip-b": Plan(clip, words=True, scenes=20_000, steps=6500, rows=64, rate=2e-3, seed=1),
 }
 
 
