@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
         "tests.train.two",
         str(out),
     ]
-    done = subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out / "2.0.safetensors"), load_file(out / "2.1.safetensors"), two.results()
 
