@@ -6,7 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from properties.table import variants
-from tiny import BATCHES, at_work, gradients, live, pairs, plain_label, plain_logp, policy, rng, rollout, seeing, shake, tiny, tokens, views
+from tiny import (
+    BATCHES,
+    at_work,
+    gradients,
+    live,
+    pairs,
+    plain_label,
+    plain_logp,
+    policy,
+    rng,
+    rollout,
+    seeing,
+    shake,
+    tiny,
+    tokens,
+    views,
+)
 
 from temperament import parts, protocols
 from temperament.nn.batch import Tokens

@@ -1,4 +1,4 @@
-"""DR-Tune by its formula, row by row; the bank counts once, moves once a step, gives the encoder nothing, and survives a kill."""
+"""DR-Tune by its formula, row by row; the bank counts once, moves once a step, holds no encoder, and survives a kill."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_it_is_told_what_it_cannot_do():
     _, it = tuned_away("vit")
     rows = images(4)
     rows.labels = None
-    with pytest.raises(UserError, match="dr_tune.*class"):
+    with pytest.raises(UserError, match=r"dr_tune.*class"):
         at_work(parts.build("regularizers.dr_tune"), it, rows)
     with pytest.raises(UserError, match="bank"):
         parts.build({"regularizers.dr_tune": {"bank": 0}})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class HST:
     """Hierarchical side-tuning: a small pyramid beside a vision transformer reads its blocks and names new classes.
 
         stem      conv 3x3 / 2, norm, relu, conv 2x2 / 2: 1/4 of the picture, width d_1; stages 2..S: conv 3x3 / 2, width d_i
-        bridge    F = Lin_i(block's patches, resized),   g = LN(Lin_i(its meta token)),   t = mean of F         one Lin_i a stage
+        bridge    F = Lin_i(block's patches, resized),   g = LN(Lin_i(its meta token)),   t = mean of F        one Lin_i a stage
         block     x <- x + Attention(LN(x); keys and values g, t),    x <- x + F,    x <- x + MLP(LN(x))
         classes   W h + b,   h the normalised mean of the last stage's tokens (d_S,);   W = b = 0 at the start
 
@@ -149,7 +150,7 @@ class Side(ClassHead):
             nn.ReLU(),
             nn.Conv2d(d[0], d[0], 2, 2),
         )
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(d, d[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(d))
         self.enter = nn.ModuleList(nn.LayerNorm(n) for n in d)
         self.bridge = nn.ModuleList(nn.Linear(wide, n) for n in d)
         self.read = nn.ModuleList(SideBlock(d[i], spec.heads[i], spec.expand) for i in self.stage)
