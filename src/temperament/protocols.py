@@ -107,7 +107,7 @@ class Trainable(Protocol):
     is built. What it returns is kept with the step, so a resumed run does not look again, and is `ctx.prepared` while the
     part is built (empty where nobody looked: the exactness check builds without). `rebuild(base, name, addition) -> (module,
     Around)`, for parts whose change is more than weights: the module an addition of theirs stands for, to be attached when a
-    delta is loaded."""
+    delta is loaded. Its tensors are called as that module's parameters are, so that a soup can mix them."""
 
     rooms: ClassVar = ("select", "adapters", "surgery", "merge")  # a learned merge is trained: its coefficients or masks
     must: ClassVar = ("build",)

@@ -84,6 +84,7 @@ TABLE: dict[str, list[dict]] = {
     "merge.scale_intruders": [{}],
     "merge.soup_uniform": [{}],
     "merge.soup_greedy": [{}],
+    "merge.norm_statistics": [{"data": {"data.sprites": {"rows": 9}}, "batches": 2, "rows": 4}],
     "merge.soup_learned": [{"of": ["a", "b"], "by": "layer"}],
     "merge.sparse_sum": [{}],
     "surgery.liger": [{"window": 8}],

@@ -104,24 +104,31 @@ class Base:
             for name, p in module.named_parameters():
                 yield f"{component}/{name}", p
 
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """("component/path", buffer): statistics and counters."""
+        for component, module in self.components.items():
+            for name, b in module.named_buffers():
+                yield f"{component}/{name}", b
+
     @cached_property
     def _slots(self) -> dict[str, list[tuple[dict, str]]]:
         by_id: dict[int, list[tuple[dict, str]]] = {}
         for module in self.components.values():
             for m in module.modules():
-                for key, p in m._parameters.items():
-                    by_id.setdefault(id(p), []).append((m._parameters, key))
-        return {name: by_id[id(p)] for name, p in self.parameters()}
+                for table in (m._parameters, m._buffers):
+                    for key, p in table.items():
+                        by_id.setdefault(id(p), []).append((table, key))
+        return {name: by_id[id(p)] for name, p in (*self.parameters(), *self.buffers())}
 
     def slots(self, name: str) -> list[tuple[dict, str]]:
-        """Where the parameter `name` hangs: every (parameter dict, key), ties included."""
+        """Where the parameter or buffer `name` hangs: every (dict of them, key), ties included."""
         return self._slots[name]
 
     @torch.no_grad()
     def apply(self, delta: Delta, strength: float = 1.0) -> None:
         """Add a delta to the live weights, keeping what it replaces in `originals`; what it adds is built by its parts."""
-        known = dict(self.parameters())
-        for name, change in delta.changes.items():
+        known = {**dict(self.parameters()), **dict(self.buffers())}
+        for name, change in (*delta.changes.items(), *delta.buffers.items()):
             if name not in known:
                 raise UserError("delta", name, "the base has no such parameter; the delta was made for another architecture")
             p = known[name]
@@ -170,7 +177,7 @@ class Base:
         """Back to the pure base."""
         while self.hung:
             self.hung.pop()()
-        known = dict(self.parameters())
+        known = {**dict(self.parameters()), **dict(self.buffers())}
         for name, tensor in self.originals.items():
             known[name].data = tensor.clone()
         self.originals, self.inference = {}, []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from temperament.delta.change import Dense, wide
-from temperament.delta.delta import Delta, Lazy
+from temperament.delta.delta import Addition, Delta, Lazy
 from temperament.delta.depth import depths
 from temperament.delta.merging import Block, Blockwise, Combine, Gather, Site, Total
 from temperament.delta.on_weight import Replace
@@ -219,7 +219,7 @@ def tensors_of(base: Any) -> Source:
     """A Source for what a merge is given as its base: a Base (its pure weights), or whatever open_source takes."""
     if hasattr(base, "originals") and hasattr(base, "parameters"):
         held = {name: base.originals.get(name, p.detach()) for name, p in base.parameters()}
-        buffers = {f"{c}/{n}": b.detach() for c, m in base.components.items() for n, b in m.named_buffers()}
+        buffers = {name: base.originals.get(name, b.detach()) for name, b in base.buffers()}
         return Memory(held | buffers, "the base")
     return open_source(base)
 
@@ -230,7 +230,7 @@ def depth_in(base: Any, names: Iterable[str]) -> Callable[[str], float]:
 
 
 def in_memory(method: Blockwise, base: Any, deltas: Sequence[Delta], threads: int | None = None) -> Delta:
-    """See Blockwise.merge. Additions of one delta are kept, of several refused; buffers are averaged, whole numbers kept."""
+    """See Blockwise.merge. Additions and buffers are averaged, whole numbers kept."""
     method.check(len(deltas))
     source = tensors_of(base)
     names = sorted({n for d in deltas for n in d.changes})
@@ -261,14 +261,31 @@ def in_memory(method: Blockwise, base: Any, deltas: Sequence[Delta], threads: in
         return Replace(out.view(site.shape).to(inputs.weight.dtype))
 
     lazy = Lazy(names, make)
-    additions = {}
-    for delta in deltas:
-        for name, addition in delta.baked().additions.items():
-            if name in additions:
-                raise UserError("addition", name, "two models bring it and modules do not merge; restrict one of them")
-            additions[name] = addition
+    additions = averaged_additions(deltas, method.shares(len(deltas)))
     changes = lazy if any(isinstance(d.changes, Lazy) for d in deltas) else dict(lazy)
     return Delta(changes, additions, averaged_buffers(source, deltas), {k: v for d in deltas for k, v in d.base.items()})
+
+
+def averaged_additions(deltas: Sequence[Delta], shares: Sequence[float]) -> dict[str, Addition]:
+    """What one model alone brings is kept. What several bring is the mean of its tensors by their shares, where it is one
+    module with other numbers: made by one part with the same options (a head for the same classes), of the same shapes."""
+    found: dict[str, list[tuple[float, Addition]]] = {}
+    for share, delta in zip(shares, deltas, strict=True):
+        for name, addition in delta.baked().additions.items():
+            found.setdefault(name, []).append((share, addition))
+    return {name: _averaged(name, some) for name, some in found.items()}
+
+
+def _averaged(name: str, some: Sequence[tuple[float, Addition]]) -> Addition:
+    first, total = some[0][1], sum(share for share, _ in some)
+    if len(some) == 1:
+        return first
+    form = lambda a: (a.part, dict(a.config), a.strength, {n: t.shape for n, t in a.tensors.items()})
+    if total == 0 or any(form(a) != form(first) for _, a in some):
+        mend = "several models bring it, and only modules of one part with the same options average; restrict one of them"
+        raise UserError("addition", name, mend)
+    mean = lambda n: sum(share / total * wide(a.tensors[n]) for share, a in some).to(first.tensors[n].dtype)
+    return replace(first, tensors={n: mean(n) for n in first.tensors})
 
 
 def averaged_buffers(base: Source, deltas: Sequence[Delta]) -> dict[str, Replace]:

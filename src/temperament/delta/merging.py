@@ -146,6 +146,10 @@ class Blockwise:
         """Passes over all tensors together; what it returns is `site.state`."""
         return None
 
+    def shares(self, models: int) -> list[float]:
+        """Of each model in the mean of what they add to the base."""
+        return [1 / models] * models
+
     def check(self, models: int) -> None:
         name = getattr(type(self), "part_name", "merge")
         if models < self.fewest or (self.most is not None and models > self.most):

@@ -1,9 +1,9 @@
-"""Hierarchical side-tuning: its formula by hand, the base untouched and without gradient where it is said to be, what is
-saved is what was trained."""
+"""Hierarchical side-tuning: its formula by hand, the base untouched and without gradient where it is said to be, what is saved
+is what was trained."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -171,7 +171,7 @@ def formula(D, blocks, d, expand, classes, meta=True, norms=True):
     per = len(blocks) and [k * len(d) // len(blocks) for k in range(len(blocks))]
     inside = sum(4 * (d[i] ** 2 + d[i]) + 2 * int(expand * d[i]) * d[i] + int(expand * d[i]) + d[i] + 6 * d[i] for i in per)
     stem = 27 * d[0] + 2 * d[0] + 4 * d[0] ** 2 + d[0]
-    down = sum(9 * a * b + b for a, b in itertools.pairwise(d))
+    down = sum(9 * a * b + b for a, b in pairwise(d))
     stages = sum(4 * n + D * n + n for n in d)
     return inside + stem + down + stages + classes * (d[-1] + 1) + len(blocks) * (meta * D + norms * 4 * D)
 

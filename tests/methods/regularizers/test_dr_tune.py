@@ -1,5 +1,4 @@
-"""DR-Tune by its formula, row by row; the bank counts once, moves once a step, gives the encoder nothing, and survives a kill.
-"""
+"""DR-Tune by its formula, row by row; the bank counts once, moves once a step, holds no encoder, and survives a kill."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Classes:
         piece.to(next(module.parameters()).device)
         told = {"of": None, "classes": classes, "name": self.name, "gain": self.gain}
         params = dict(piece.linear.named_parameters())
-        kept = lambda: {n: p.detach().clone() for n, p in params.items()}
+        kept = lambda: {n: p.detach().clone() for n, p in piece.named_parameters()}
         return Trained(
             params=[Param(f"{address}:{n}", p, n, decay=n == "weight") for n, p in params.items()],
             around={address: (module, piece)},
@@ -61,5 +61,5 @@ class Classes:
 
     def rebuild(self, base: Any, name: str, addition: Addition) -> tuple[nn.Module, Around]:
         piece = ClassHead(see.width(base), self.name, self.classes)
-        piece.linear.load_state_dict(dict(addition.tensors))
+        piece.load_state_dict(dict(addition.tensors))
         return base.components[name.partition("/")[0]], piece

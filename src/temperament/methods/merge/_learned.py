@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from temperament.delta import Delta
+from temperament.delta.merge_run import averaged_additions
 from temperament.errors import UserError
+from temperament.parts import build
 
 
 def differences(base: Any, deltas: list[Delta], field: str) -> dict[str, Tensor]:
@@ -28,6 +30,26 @@ def differences(base: Any, deltas: list[Delta], field: str) -> dict[str, Tensor]
             rows = [d.change(name).delta(weight).to(weight) if name in d.changes else torch.zeros_like(weight) for d in deltas]
             out[name] = torch.stack(rows)
     return out
+
+
+def modules(base: Any, deltas: list[Delta]) -> tuple[dict[str, Any], dict[str, tuple[nn.Parameter, Tensor]]]:
+    """What the deltas add to the base, built once by its part, with the mean of its tensors: ({name: (module, what stands
+    around it)}, {"name::tensor": (parameter, (models, *shape) as each delta has it)}). All must bring the same."""
+    brought = [{n: a for n, a in d.baked().additions.items() if a.ship} for d in deltas]
+    around, tensors = {}, {}
+    for name, mean in averaged_additions([Delta(additions=b) for b in brought], [1.0] * len(deltas)).items():
+        if any(name not in b for b in brought):
+            mend = "one of the models does not bring it, so there is nothing to mix; restrict the others"
+            raise UserError("addition", name, mend)
+        module, piece = build({mean.part: dict(mean.config)}).rebuild(base, name, mean)
+        piece.to(next(module.parameters()).device).requires_grad_(False)
+        around[name] = (module, piece)
+        if dict(piece.named_parameters()).keys() != mean.tensors.keys():
+            mend = f"{mean.part} does not say which of its parameters each tensor is; restrict it"
+            raise UserError("addition", name, mend)
+        for key, p in piece.named_parameters():
+            tensors[f"{name}::{key}"] = (p, torch.stack([b[name].tensors[key].to(p) for b in brought]))
+    return around, tensors
 
 
 def keep_originals(base: Any, names: Any) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from temperament.delta import Delta, Dense, Replace
+from temperament.delta.merge_run import averaged_additions
 from temperament.delta.merging import Blockwise, Setting, Site
 from temperament.errors import UserError
 from temperament.methods.merge._kernels import weighted_sum
@@ -58,7 +59,14 @@ class Linear(Blockwise):
             return super().merge(base, deltas)
         self.check(len(deltas))
         w = self.coefficients(Site("", (), len(deltas), method="merge.linear"))
-        merged = deltas[0] * w[0]
-        for a, d in zip(w[1:], deltas[1:], strict=True):
-            merged = merged + d * a
-        return merged
+        several = {n for d in deltas for n in d.additions if sum(n in other.additions for other in deltas) > 1}
+        shared = averaged_additions([d.restrict(several & {*d.additions}) for d in deltas], self.shares(len(deltas)))
+        merged, *rest = (replace(d, additions={n: a for n, a in d.additions.items() if n not in several}) * share
+                         for share, d in zip(w, deltas, strict=True))  # fmt: skip
+        for d in rest:
+            merged = merged + d
+        return replace(merged.baked(), additions={**merged.baked().additions, **shared}) if shared else merged
+
+    def shares(self, models: int) -> list[float]:
+        plain = len(self.weights) == models and all(isinstance(v, (int, float)) for v in self.weights)
+        return list(self.weights) if plain else super().shares(models)

@@ -16,6 +16,7 @@ from temperament.methods.merge._matching import Moments, by_activations, by_weig
 from temperament.methods.merge._wide import Layout, joined, layout
 from temperament.nn.batch import Tokens
 from temperament.nn.groups import Group, groups_of, index, permuted
+from temperament.nn.norms import counted, counting_anew
 from temperament.parts import part
 from temperament.protocols import Source
 from temperament.train.context import Context
@@ -291,19 +292,10 @@ def _rebuilt(model: nn.Module, state: dict[str, Tensor], groups: Sequence[Group]
 
 def measure_norms(model: nn.Module, batches: Sequence[Any]) -> None:
     """Running statistics of batch norms, measured again: the merged units vary less than those they come from."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    kept = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
-    for batch in batches:
-        _output(model, batch)
-    for m, momentum in zip(norms, kept, strict=True):
-        m.momentum = momentum
-        m.eval()
+    if norms := counted([model]):
+        with counting_anew(norms):
+            for batch in batches:
+                _output(model, batch)
 
 
 __all__ = ["PLeaS", "cost", "measure_norms"]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from temperament.delta import Dense
 from temperament.delta.depth import block_of
-from temperament.methods.merge._learned import add_grad, differences, keep_originals
+from temperament.methods.merge._learned import add_grad, differences, keep_originals, modules
 from temperament.parts import part
 from temperament.train.trained import Param, Trained
 
@@ -21,7 +21,8 @@ class LearnedSoup:
         dL/ds_j = a_j (g_j - sum_i a_i g_i),    g_i = sum over tensors of <dL/dW, W_i - base>
 
     The `trainable` of a train step on held-out rows, with `start: base`; one softmax for the model or one a layer. Starts as
-    the uniform soup. Source: Wortsman et al. 2022, Model soups (paper 120).
+    the uniform soup. Modules that all bring (a head for the same classes) are mixed as the weights are, those outside of
+    blocks with what lies outside. Source: Wortsman et al. 2022, Model soups (paper 120).
     """
 
     of: list[str] = field(default_factory=list)  # names of the steps whose models are mixed
@@ -36,25 +37,30 @@ class LearnedSoup:
         return tuple(self.of)
 
     def build(self, base: Any, ctx: Any) -> Trained:
-        d = differences(base, [ctx.delta(n, "merge.soup_learned.of") for n in self.of], "merge.soup_learned")
-        groups = {name: (block_of(name) or "outside") if self.by == "layer" else "all" for name in d}
+        deltas = [ctx.delta(n, "merge.soup_learned.of") for n in self.of]
+        d = differences(base, deltas, "merge.soup_learned")
+        around, added = modules(base, deltas)
+        both = d | {name: rows for name, (_, rows) in added.items()}
+        groups = {name: (block_of(name) or "outside") if self.by == "layer" else "all" for name in both}
         keys = sorted(set(groups.values()), key=str)
-        row = {name: keys.index(groups[name]) for name in d}
+        row = {name: keys.index(groups[name]) for name in both}
         s = nn.Parameter(torch.zeros(len(keys), len(self.of)))
         weights = keep_originals(base, d)
 
         def blended(name: str) -> Tensor:
-            return torch.tensordot(s.detach().softmax(1)[row[name]].to(d[name]), d[name], dims=1)
+            return torch.tensordot(s.detach().softmax(1)[row[name]].to(both[name]), both[name], dims=1)
 
         @torch.no_grad()
         def put(*_: Any) -> None:
             for name, w in weights.items():
                 w.copy_(base.originals[name] + blended(name))
+            for name, (p, _) in added.items():
+                p.copy_(blended(name))
 
         def collect(name: str):
             def take(w: Tensor) -> None:
                 a = s.detach()[row[name]].softmax(0)
-                g = torch.stack([(w.grad * change).sum() for change in d[name]]).to(a)
+                g = torch.stack([(w.grad * change).sum() for change in both[name]]).to(a)
                 grad = torch.zeros_like(s)
                 grad[row[name]] = a * (g - (a * g).sum())
                 add_grad(s, grad)
@@ -63,6 +69,10 @@ class LearnedSoup:
             return take
 
         put()
+        for name, (p, _) in added.items():
+            p.requires_grad_(True).register_post_accumulate_grad_hook(collect(name))
+        first = deltas[0].baked().additions
+        tensors = lambda of: {n.rpartition("::")[2]: blended(n) for n in added if n.startswith(f"{of}::")}
         component = next(iter(base.components))
         return Trained(
             params=[Param(f"{component}/soup:weights", s, role="coefficient", decay=False)],
@@ -70,4 +80,6 @@ class LearnedSoup:
             after_step=put,
             load=put,
             changes=lambda: {name: Dense(blended(name)) for name in d},
+            around=around,
+            additions=lambda: {name: replace(first[name], tensors=tensors(name)) for name in around},
         )

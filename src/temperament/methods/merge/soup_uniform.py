@@ -12,7 +12,8 @@ from temperament.parts import part
 class UniformSoup(Blockwise):
     """The mean of fine-tunes of one model: W = base + (1/k) sum_i (W_i - base). Costs nothing at inference.
 
-    All must start from the same weights (and head): means of models from different starts fail. Buffers are averaged too.
+    All must start from the same weights (and head): means of models from different starts fail. Buffers are averaged too, and
+    heads for the same classes; `merge.norm_statistics` around it measures the statistics of batch norms again.
     Source: Wortsman et al. 2022, Model soups (paper 120).
     """
 

@@ -145,8 +145,7 @@ def labelled(batch: Batch) -> Images:
 
 @torch.no_grad()
 def calibrated(kept: Tensor, tuned: Tensor, labels: Tensor, w: Tensor, length: float, turn: bool = True) -> Tensor:
-    """SC: kept, tuned (K, width) features of the same pictures, labels (K,), w (classes, width) -> (K, width) of this length.
-    """
+    """SC: kept, tuned (K, width) of the same pictures, labels (K,), w (classes, width) -> (K, width) of this length."""
     P, D = F.normalize(kept, dim=1), F.normalize(tuned, dim=1)
     if turn:
         about, to = P.mean(0), D.mean(0)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class Side(ClassHead):
             nn.ReLU(),
             nn.Conv2d(d[0], d[0], 2, 2),
         )
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(d))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(d))
         self.enter = nn.ModuleList(nn.LayerNorm(n) for n in d)
         self.bridge = nn.ModuleList(nn.Linear(wide, n) for n in d)
         self.read = nn.ModuleList(SideBlock(d[i], spec.heads[i], spec.expand) for i in self.stage)
