@@ -247,8 +247,8 @@ class Shape(Protocol):
 class Decode(Protocol):
     """What belongs to answering beside the weights: `hooks(base) -> objects with logits / on_token / stop` on the generation
     loop (engine/tokens.py); of the room `sample`, `engine.denoise.Hook`s on the denoising loop, and optionally `sampler`, how
-    many steps it takes. Optional, where there are words: `models(base) -> {name: model}`, decoded in lockstep with the subject,
-    which is called "model"; `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`,
+    many steps it takes. Optional, where there are words: `models(base) -> {name: model}`, decoded in lockstep with the subject, which is called
+    "model"; `loop`, another generation loop with the same call, or None; `ask(prompt)`, `hear(output)` and `tell(answer)`,
     the prompt and the output in another form and the way back: hear(tell(a)) = a."""
 
     rooms: ClassVar = ("decode", "sample")

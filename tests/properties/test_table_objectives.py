@@ -39,10 +39,21 @@ def it():
     return shake(live(tiny(MODEL), {"adapters.lora": {"rank": 3}}))
 
 
+WORDED = ("objectives.contrastive", "objectives.classify.class_texts")  # of pictures and captions
+
+
+def beside(part):
+    """The objective a part is tried with: itself, or for a regularizer one of its kind of rows."""
+    if type(part).part_name.startswith("objectives"):
+        return part
+    seen = {"objectives.classify.class_texts": {"of": "data.sprites"}}
+    return parts.build(seen if "image" in part.part_modalities else "objectives.sft.cross_entropy")
+
+
 def subject(it, part):
     """What is trained on such batches: a language model, a policy, or a model of pictures."""
     if getattr(part, "batch", ())[:1] == ("Images",):
-        it = shake(live(seeing("clip" if type(part).part_name.startswith("objectives.contrastive") else "vit")))
+        it = shake(live(seeing("clip" if type(part).part_name.startswith(WORDED) else "vit")))
         for version in {*getattr(part, "needs", ())} - {"base", "start"}:
             it.mark(version)
         return shake(it)
@@ -57,9 +68,9 @@ def close(a: dict, b: dict, rtol=1e-5) -> bool:
 @pytest.mark.parametrize("name, options", [*OBJECTIVES, *variants("regularizers")])
 def test_any_split_gives_the_same_loss_and_gradient(it, name, options):
     part = parts.build({name: options})
-    objective = part if name.startswith("objectives") else parts.build("objectives.sft.cross_entropy")
+    objective = beside(part)
     regularizers = [] if part is objective else [part]
-    it = subject(it, part)
+    it = subject(it, objective)
     whole = BATCHES[objective.batch[0]](8)
     g1, got1 = gradients(it, objective, whole, 8, regularizers)
     for micro in (1, 3):
@@ -78,7 +89,7 @@ def test_counts_are_known_before_and_add_up(it, name, options):
         pytest.skip("counted once a step")
     if hasattr(part, "statistics"):
         pytest.skip("coupled: it has no sums of a micro-batch's own")
-    it, whole = subject(it, part), BATCHES[getattr(part, "batch", ("Tokens",))[0]](7)
+    it, whole = subject(it, beside(part)), BATCHES[beside(part).batch[0]](7)
     if hasattr(part, "prepare"):
         whole = part.prepare(whole, views(it))
     counts, sums = part.counts(whole), {}
