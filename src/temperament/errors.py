@@ -57,4 +57,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = word or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return "known: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return "known: " + ", ".join(known[:15]) + (", ..." if len(known) > 15 else "")
