@@ -2,8 +2,8 @@
 
 Five fine-tunes of one base on one procedure with different rates and rows. The greedy soup adds them to a mean as long as
 accuracy on development items does not fall. Compared, on held-out items: the greedy soup with the single model that is best
-on the same development items. The task is not taught to the end, so that there is something to gain. Beside it, as `vit`: the same of
-five fine-tunes of a vision transformer that learns eight figures, their heads begun alike, on held-out pictures.
+on the same development items. The task is not taught to the end, so that there is something to gain. Beside it, as `vit`: the
+same of five fine-tunes of a vision transformer that learns eight figures, their heads begun alike, on held-out pictures.
 """
 
 from dataclasses import replace
