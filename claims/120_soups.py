@@ -2,7 +2,8 @@
 
 Five fine-tunes of one base on one procedure with different rates and rows. The greedy soup adds them to a mean as long as
 accuracy on development items does not fall. Compared, on held-out items: the greedy soup with the single model that is best
-on the same development items. The task is not taught to the end, so that there is something to gain.
+on the same development items. The task is not taught to the end, so that there is something to gain. Beside it, as `vit`: the
+same of five fine-tunes of a vision transformer that learns eight figures, their heads begun alike, on held-out pictures.
 """
 
 from dataclasses import replace
@@ -29,18 +30,43 @@ def recipe(rate: float, steps: int = 120, items: int = 60) -> dict:
             "evaluation": {"items": items, "suites": suites, "diagnose": []}}  # fmt: skip
 
 
-def run(seed, lab):
-    made = [lab.run(f"rate-{r:g}", replace(read(recipe(r)), seed=100 * seed + k), seed) for k, r in enumerate(RATES)]
+def pictures(rate: float, steps: int = 60, items: int = 60) -> dict:
+    figures = {"data.sprites": {"figures": 8, "rows": 160}}
+    train = {
+        "source": figures,
+        "objective": "objectives.classify.cross_entropy",
+        "trainable": ["select.full", {"adapters.class_head": {"of": figures}}],
+        "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": rate, "warmup": 10}}}},
+        "batch": 16,
+        "micro": 16,
+        "steps": steps,
+    }
+    suites = [{"evaluate.pictures": {"of": figures}}, "evaluate.pictures"]
+    return {"base": "lab/vit", "steps": [{"name": "full", "train": train}], "check": False,
+            "evaluation": {"items": items, "suites": suites, "keep": False, "diagnose": []}}  # fmt: skip
+
+
+def cooked(lab, name: str, recipe, seed: int) -> dict[str, dict[str, float]]:
+    """The numbers of the greedy soup, of the best single model and of the uniform soup of one set of fine-tunes."""
+    made = [lab.run(f"{name}-{r:g}", replace(read(recipe(r)), seed=100 * seed + k), seed) for k, r in enumerate(RATES)]
     base, deltas = made[0].base, [m.delta for m in made]
     held, test = (Scorer(made[0].recipe, base, 200, development) for development in (True, False))
     soup, tried = parts.build("merge.soup_greedy").search(base, deltas, held)
-    single = deltas[tried["order"][0]]
-    uniform = parts.build("merge.soup_uniform").merge(base, deltas)
     numbers = lambda d: {"target": 100 * (s := test.summary(d))["target"], "retained_change": s["retained_change"]}
     return {
-        "method": numbers(soup) | {"models": len(tried["kept"])},
-        "baseline": numbers(single) | {"uniform": numbers(uniform)["target"]},
+        "greedy": numbers(soup) | {"models": len(tried["kept"])},
+        "single": numbers(deltas[tried["order"][0]]),
+        "uniform": numbers(parts.build("merge.soup_uniform").merge(base, deltas)),
     }
+
+
+def run(seed, lab):
+    words, seen = cooked(lab, "rate", recipe, seed), cooked(lab, "vit", pictures, seed)
+    return {
+        "method": words["greedy"] | {"vit": seen["greedy"]["target"], "vit_models": seen["greedy"]["models"]},
+        "baseline": words["single"] | {"uniform": words["uniform"]["target"], "vit": seen["single"]["target"],
+                                       "vit_uniform": seen["uniform"]["target"]},
+    }  # fmt: skip
 
 
 claim = Claim(

@@ -105,7 +105,7 @@ class Pictures:
     name: str = ""  # of the skill of a source; default: what the source calls it
     template: str = "a photo of a {}"  # the caption of a class, for a model of words, where a picture brings none
     items: int | None = None  # pictures a skill; default: evaluation.items
-    seed: int = 0  # which scenes of the sprite world
+    seed: int = 0  # which scenes of the sprite world; which of a source's pictures, where it has more than `items`
 
     def __post_init__(self):
         if "{}" not in self.template:
@@ -119,11 +119,17 @@ class Pictures:
             raise UserError("evaluate.pictures", ctx.base.id, "it makes pictures and names none; use e.g. lab/vit or lab/clip")
         n = self.items or ctx.items
         if self.of is not None:
-            pictures, classes = self.of.held(ctx.base)[:n], tuple(self.of.classes(ctx.base))
+            pictures, classes = self._own(self.of.held(ctx.base), n), tuple(self.of.classes(ctx.base))
             if not pictures:
                 raise UserError("evaluate.pictures.of", type(self.of).part_name, "it holds no pictures out of training")
             return [PictureSkill(self.name or self.of.called, tuple(pictures), classes, self.template, self.role or "target")]
         return [self._factor(f, n) for f in self.factors or self._known(ctx.base)]
+
+    def _own(self, held: list[Picture], n: int) -> list[Picture]:
+        """n of them; of another seed others, while there are enough: what is chosen by some is measured on others."""
+        parts = len(held) // n
+        k = 1 + (self.seed - 1) % (parts - 1) if self.seed and parts > 1 else 0
+        return held[k * n : (k + 1) * n]
 
     def _known(self, base: Any) -> list[str]:
         if see.dual(base):
