@@ -90,7 +90,7 @@ def test_a_head_is_saved_reloaded_and_dialled(kind, tmp_path):
     base.apply(delta.restrict(list(delta.additions)), 0.5)  # the head alone, at half strength
     again = see.features(base.model, base, rows.pixels)
     tensors = next(iter(delta.additions.values())).tensors
-    half = 0.5 * (again @ tensors["weight"].T + tensors["bias"])
+    half = 0.5 * (again @ tensors["linear.weight"].T + tensors["linear.bias"])
     assert torch.allclose(see.logits(base.model, base, rows.pixels, "classes"), half, atol=1e-5)
     with pytest.raises(UserError, match="an earlier step"):
         parts.build({"adapters.class_head": {"classes": ["a", "b"]}}).build(base, context(base))
