@@ -38,7 +38,8 @@ def rounds() -> list[dict[str, Any]]:
 
 
 TREE = {"prompts": {"data.lab": {"skills": ["story"], "rows": 8}}, "rewards": ["rewards.number"], "separator": ";",
-        "stage": 4, "actions": 2, "root_actions": 3, "depth": 2, "iterations": 1, "first": 2, "greedy": False, "step_tokens": 8}  # fmt: skip
+        "stage": 4, "actions": 2, "root_actions": 3, "depth": 2, "iterations": 1, "first": 2,
+        "greedy": False, "step_tokens": 8}  # fmt: skip
 CRITIC = {"objective": {"Rollout": "objectives.policy.value"},
           "trainable": [{"adapters.lora": {"rank": 2}}, "adapters.value_head"]}  # fmt: skip
 TEACH = {"objective": {"Tokens": "objectives.sft.cross_entropy"}}

@@ -96,7 +96,7 @@ def _bare() -> bool:
 class MultimodalPrompt:
     """Learned tokens in both encoders of a model of pictures and captions; those of pictures follow from those of words.
 
-        captions   [first, p_0, words, end];  before block i < depth the room of p_0 is given p_i          p_i (tokens, width)
+        captions   [first, p_0, words, end];  before block i < depth the room of p_0 is given p_i         p_i (tokens, width)
         pictures   [class, patches, W_0 p_0 + b_0];  before block i < depth the last tokens are W_i p_i + b_i
 
     The model itself is frozen, and every caption makes room for `tokens` more positions. Never merges; travels as additions, the
