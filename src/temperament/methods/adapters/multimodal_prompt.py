@@ -100,8 +100,8 @@ class MultimodalPrompt:
         pictures   [class, patches, W_0 p_0 + b_0];  before block i < depth the last tokens are W_i p_i + b_i
 
     The model itself is frozen, and every caption makes room for `tokens` more positions. Never merges; travels as additions,
-    the pictures' prompts as the vectors they have become. Strength 0 is the base, between 0 and 1 each encoder's pooled features
-    are a mixture of those without and with prompts. Source: Khattak et al. 2023 (MaPLe); paper 013.
+    the pictures' prompts as the vectors they have become. Strength 0 is the base, between 0 and 1 each encoder's pooled
+    features are a mixture of those without and with prompts. Source: Khattak et al. 2023 (MaPLe); paper 013.
     """
 
     tokens: int = 2  # learned tokens of a caption, and of a picture
