@@ -166,6 +166,10 @@ def save(base: Base, kind: str, folder: Path, found: dict[str, float], plan: Pla
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULERS[kind], indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for config in folder.glob("*/config.json"):  # where it was loaded from is nobody's business
+        told = json.loads(config.read_text())
+        told.pop("_name_or_path", None)
+        config.write_text(json.dumps(told, indent=2) + "\n")
     count = sum(p.numel() for m in base.components.values() for p in m.parameters())
     said = ", ".join(f"{k} {100 * v:.0f} %" for k, v in found.items())
     (folder / "README.md").write_text(
