@@ -223,13 +223,18 @@ class Rollout(Batch):
 class Images(Batch):
     """pixels (rows, channels, H, W) in 0..1, of the size the base takes; a model is given them through `engine/pictures.py`.
     examples (rows,): ids, which address random draws. labels (rows,): the class, -1 where there is none. captions: what a
-    text-conditioned model reads with it. prior (rows,) bool: made by the base itself, to be kept rather than learnt."""
+    text-conditioned model reads with it. prior (rows,) bool: made by the base itself, to be kept rather than learnt. Filled in
+    by the objective: drawn (rows, ...), what was decided about each picture at random; cost (rows,), what came of it; weights
+    (rows,), what each counts in the loss."""
 
     pixels: Tensor
     examples: Tensor
     labels: Tensor | None = None
     captions: list[str] | None = None
     prior: Tensor | None = None
+    drawn: Tensor | None = None
+    cost: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass

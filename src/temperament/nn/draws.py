@@ -95,6 +95,35 @@ def normal(seed: int, purpose: str, step: int, examples: Tensor, positions: Posi
     return ((-2 * radius.log()).sqrt() * angle.cos()).float()
 
 
+def beta(a: Tensor, b: Tensor, seed: int, purpose: str, step: int, examples: Tensor) -> Tensor:
+    """float32 in (0, 1), of the shape of a and b (*examples.shape, ...): a draw of Beta(a, b) in each place, by its position.
+
+    x / (x + y) of two Gammas, each drawn without a loop that ends by chance, so that every draw has one address. Computed in
+    fp64 and rounded, like a normal: to the bit but for a rare last place."""
+    inner = tuple(a.shape[examples.dim() :])
+    x, y = (_log_gamma_draw(t.double(), seed, f"{purpose}/{n}", step, examples, inner) for t, n in ((a, "x"), (b, "y")))
+    return torch.sigmoid(x - y).clamp(1e-7, 1 - 1e-7).float()
+
+
+def _log_gamma_draw(k: Tensor, seed: int, purpose: str, step: int, examples: Tensor, inner: tuple[int, ...]) -> Tensor:
+    """log of a draw of Gamma(k): the first of TRIES proposals of Marsaglia and Tsang (2000) that is accepted, each of which is
+    with probability above 0.95; of k + 1, brought to k by a uniform, as small k want."""
+    k = k.clamp(min=1e-6)
+    d = k + 1 - 1 / 3
+    c, found, done = 1 / (9 * d).sqrt(), d.log(), torch.zeros_like(k, dtype=torch.bool)
+    for i in range(TRIES):
+        z = normal(seed, f"{purpose}/{i}/z", step, examples, inner or 0).to(k)
+        u = uniform(seed, f"{purpose}/{i}/u", step, examples, inner or 0).to(k) + 2.0**-25
+        v = (1 + c * z) ** 3
+        good = (v > 0) & (u.log() < z * z / 2 + d - d * v + d * v.clamp(min=1e-300).log()) & ~done
+        found, done = torch.where(good, d.log() + v.clamp(min=1e-300).log(), found), done | good
+    last = uniform(seed, f"{purpose}/u", step, examples, inner or 0).to(k) + 2.0**-25
+    return found + last.log() / k
+
+
+TRIES = 8
+
+
 def randint(high: int, seed: int, purpose: str, step: int, examples: Tensor, positions: Positions = 0) -> Tensor:
     """int64 in [0, high). The bias of the remainder is below high / 2^63."""
     return ((words(seed, purpose, step, examples, positions) >> 1) & ((1 << 63) - 1)) % high

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ class Sprites:
     subjects: list[int] = field(default_factory=lambda: [1])  # how many a scene may hold: 1, 2
     domain: Domain = "plain"  # shifted: other colours; the others are corruptions
     severity: int = 3  # of a corruption, 1 to 5
+    cue: float = 0.0  # share of training pictures whose background tells the class, as none that is held out does
     seed: int = 0  # which scenes
 
     yields: ClassVar = ("Images",)
@@ -37,6 +38,8 @@ class Sprites:
     def __post_init__(self):
         if self.rows < 1 or self.figures < 0 or not 1 <= self.severity <= 5:
             raise ValueError("rows is at least 1, figures not negative, severity 1 to 5")
+        if not 0 <= self.cue <= 1 or (self.cue and self.label == "background" and not self.figures):
+            raise ValueError("cue must lie in 0..1, and the label be another factor than the background")
         if not self.subjects or not set(self.subjects) <= {1, 2}:
             raise ValueError(f"subjects must name 1, 2 or both, not {self.subjects}")
         if self.figures and self.subjects != [1]:
@@ -62,7 +65,18 @@ class Sprites:
         return [{"evaluate.pictures": {"of": plain(self)}}]
 
     def _pictures(self, split: str, n: int) -> list[Picture]:
-        return [self._picture(s, f"{split}/{self.seed}/{i}") for i, s in enumerate(self._scenes(split, n))]
+        scenes = [self._cued(s, i) if split == "train" else s for i, s in enumerate(self._scenes(split, n))]
+        return [self._picture(s, f"{split}/{self.seed}/{i}") for i, s in enumerate(scenes)]
+
+    def _cued(self, scene: world.Scene, i: int) -> world.Scene:
+        """The scene on the background of its class, where a training picture may have that."""
+        if not self.cue or not Draw("cue", self.seed, i).chance(self.cue):
+            return scene
+        who = scene.subjects[0].shape if self.figures else world.value(scene, self.label)
+        told = tuple(world.BACKGROUNDS)[self.classes().index(who) % len(world.BACKGROUNDS)]
+        other = replace(scene, background=told)
+        split = self._split(other) if self.figures else other.split
+        return other if split == "train" else scene
 
     def _scenes(self, split: str, n: int) -> list[world.Scene]:
         if not self.figures:
