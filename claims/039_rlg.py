@@ -1,8 +1,9 @@
 """[039] RLG: how much of a reward's tuning a sampler follows is a dial without training, and goes beyond what was trained.
 
-The lab generator is tuned by LoRA towards a mean colour (rewards back through the sampler), and stopped early. Compared: the
+The lab generator is tuned by LoRA towards bright pictures (rewards back through the sampler), and stopped early. Compared: the
 reward at weight 1.5 of the guidance against the tuned model itself (weight 1). Recorded: the reward at 0, 0.5 and 2, whether
-it grows all along, and how often captions are still painted as asked.
+it grows all along, and how often captions are still painted as asked. (Towards a mean colour, a reward with its best inside of
+what can be painted, the tuned model was there already at 0.93: weight 1.5 gave -0.003, 95 % interval -0.020 to 0.014.)
 """
 
 from itertools import pairwise
@@ -10,20 +11,20 @@ from itertools import pairwise
 from temperament.run.claims import Claim
 
 SAID = [f"a {colour} {shape}" for colour in ("red", "blue", "white") for shape in ("cross", "disc", "triangle", "bar")]
-COLOUR = {"rewards.colour": {"target": [0.5, 0.3, 0.3]}}
+BRIGHT = "rewards.brightness"
 SAMPLER = {"sample.sampler": {"steps": 10}}
 WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def evaluation():
-    painted = {"evaluate.rewarded": {"reward": COLOUR, "captions": SAID}}
+    painted = {"evaluate.rewarded": {"reward": BRIGHT, "captions": SAID}}
     return {"items": 36, "keep": False, "suites": [painted, {"evaluate.renders": {"shapes": ["disc"], "items": 16}}]}
 
 
 def tuned():
     train = {
         "source": {"data.captions": {"captions": SAID}},
-        "objective": {"objectives.diffusion.reward_backprop": {"rewards": [COLOUR], "steps": 10, "most": 5}},
+        "objective": {"objectives.diffusion.reward_backprop": {"rewards": [BRIGHT], "steps": 10, "most": 5}},
         "trainable": {"adapters.lora": {"rank": 8, "targets": ["attention"]}},
         "optimizer": {"optim.adamw": {"lr": 1e-3}},
         "batch": 8,
