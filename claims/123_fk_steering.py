@@ -2,7 +2,9 @@
 
 The lab generator paints captions that leave place and background open; the reward is a mean colour. Compared: the reward of
 four particles steered by the potential max, against the best of four pictures at the end: the same calls of the network. The
-base is one picture of as many steps. How often a picture still shows the shape and colour that was asked is recorded.
+base is one picture of as many steps. Particles are weighed between half and two thirds of the steps: before, the reward of
+an estimate says nothing of the picture's (correlation 0.2), after, all is decided (0.9). How often a picture still shows what
+was asked is recorded.
 """
 
 from temperament.run.claims import Claim
@@ -10,6 +12,7 @@ from temperament.run.claims import Claim
 SAID = [f"a {colour} {shape}" for colour in ("red", "blue", "white") for shape in ("cross", "disc", "triangle", "bar")]
 COLOUR = {"rewards.colour": {"target": [0.5, 0.3, 0.3]}}
 SAMPLER = {"sample.sampler": {"steps": 20, "eta": 1.0}}
+WHEN = {"times": 3, "first": 0.5, "last": 0.65}
 STRENGTH = 100.0  # pictures of one caption differ by a few hundredths of this reward
 
 
@@ -20,7 +23,7 @@ def system(*parts):
 
 
 def run(seed, lab):
-    steer = lambda **how: {"sample.fk_steering": {"reward": COLOUR, "particles": 4, "strength": STRENGTH, **how}}
+    steer = lambda **how: {"sample.fk_steering": {"reward": COLOUR, "particles": 4, "strength": STRENGTH, **WHEN, **how}}
     arms = {"method": system(steer(potential="max")), "baseline": system(steer(times=0)), "plain": system()}
     got = {name: lab.tune(name, recipe, seed)["skills"] for name, recipe in arms.items()}
     numbers = {name: {"reward": s["reward"]["after"], "asked": s["cross"]["after"]} for name, s in got.items()}

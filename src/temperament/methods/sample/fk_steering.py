@@ -25,8 +25,9 @@ class FKSteering:
 
     No gradient, no training: the reward may be anything that reads pictures. `particles` times the calls of the network, and
     the best picture of each caption is given (`give: draw`, one by its weight: a draw of the target as particles grow). Copies
-    part only where steps are drawn, so `sample.sampler` needs eta above 0. times 0 is best-of-k. In the paper: k 4, strength
-    10, potential max, 100 steps, resampled at 20, 40, 60 and 80. Source: Singhal et al. 2025 (paper 123)."""
+    part only where steps are drawn, so `sample.sampler` needs eta above 0. Weigh where an estimate begins to foretell the
+    picture: on blurs of many pictures, rewards are noise that max and sum never forget. times 0 is best-of-k. In the paper: k
+    4, strength 10, potential max, 100 steps, resampled at 20, 40, 60 and 80. Source: Singhal et al. 2025 (paper 123)."""
 
     reward: PictureReward  # what a picture is worth
     particles: int = 4  # a caption
