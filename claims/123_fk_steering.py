@@ -4,7 +4,8 @@ The lab generator paints captions that leave place and background open; the rewa
 four particles steered by the potential max, against the best of four pictures at the end: the same calls of the network. The
 base is one picture of as many steps. Particles are weighed between half and two thirds of the steps: before, the reward of
 an estimate says nothing of the picture's (correlation 0.2), after, all is decided (0.9). How often a picture still shows what
-was asked is recorded.
+was asked is recorded. (Weighed from the first step on, seeds 0 to 2 gave -0.004, 95 % interval -0.011 to 0.003; the window was
+seen on seed 0, so the claim is run on others.)
 """
 
 from temperament.run.claims import Claim
@@ -38,6 +39,7 @@ claim = Claim(
     measure="reward",
     better="higher",
     baseline="the best of four pictures",
+    seeds=(10, 11, 12, 13, 14),
     run=run,
     note="`base`: one picture as it comes; `asked`: share of crosses painted in the shape, colour and place of their captions",
 )
