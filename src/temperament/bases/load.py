@@ -31,6 +31,7 @@ from temperament.bases.pipeline import pipeline_of, read_pipeline
 from temperament.delta import Addition, Delta, identity
 from temperament.delta.peft_format import is_peft, read_peft
 from temperament.delta.stream import finite, open_source
+from temperament.delta.use import new_value
 from temperament.errors import UserError, nearest
 from temperament.nn.pieces import Switch, attach
 
@@ -128,15 +129,17 @@ class Base:
     def apply(self, delta: Delta, strength: float = 1.0) -> None:
         """Add a delta to the live weights, keeping what it replaces in `originals`; what it adds is built by its parts."""
         known = {**dict(self.parameters()), **dict(self.buffers())}
-        for name, change in (*delta.changes.items(), *delta.buffers.items()):
+        delta = delta * strength
+        for name in (*delta.changes, *delta.buffers):
             if name not in known:
                 raise UserError("delta", name, "the base has no such parameter; the delta was made for another architecture")
             p = known[name]
+            new = new_value(delta, name, p.detach())  # a delta from disk lies on the CPU, whatever the base is on
             self.originals.setdefault(name, p.detach().clone())
-            p.data = change.scaled(strength * delta.strength).apply(p.detach()).to(p)
+            p.data = new.to(p)
         for name, addition in delta.additions.items():
             if addition.ship:
-                self._hang(name, replace(addition, strength=addition.strength * delta.strength * strength))
+                self._hang(name, replace(addition, strength=addition.strength * delta.strength))
 
     def _hang(self, name: str, addition: Addition) -> None:
         """Build an added module by its part and attach it; it is frozen, and off where the base is asked for."""
