@@ -18,6 +18,7 @@ from temperament.engine.denoise import Denoiser
 from temperament.engine.pictures import size_of
 from temperament.errors import UserError
 from temperament.nn import draws
+from temperament.nn.forward import device_of
 
 CAPTIONS = ["", "a red dog on the left of a house"]
 
@@ -52,10 +53,11 @@ class Answer(nn.Module):
 
     def forward(self, **asked: Tensor) -> Tensor:
         base = self._base[0]
+        device = device_of(base.model)
+        asked = {name: t.to(device) for name, t in asked.items()}
         if "x" not in asked:
             out = base.model(**asked)
             return getattr(out, "logits", out[0])
-        denoiser = Denoiser.of(base)
-        x, t = asked["x"].to(denoiser.device), asked["t"].to(denoiser.device)
+        denoiser, x, t = Denoiser.of(base), asked["x"], asked["t"]
         said = denoiser(x, t, denoiser.encode(CAPTIONS))
         return torch.cat([said.flatten(1), denoiser.pixels(x).flatten(1)], 1).float()
