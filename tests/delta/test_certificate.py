@@ -104,3 +104,9 @@ def test_compare():
     y[0, 0, 0] = float("nan")
     assert compare(y, x)["max_difference"] is None and json.dumps(compare(y, x), allow_nan=False)
     assert "shape" in compare(x[:1], x)["first_difference"]
+
+
+def test_a_fresh_process_that_does_not_answer_in_time_is_one_sentence(live, tmp_path):
+    live.save_pretrained(tmp_path / "m")
+    with pytest.raises(WorkFailed, match="within 0.01 s"):
+        certify(tmp_path / "m", IDS, logits(live), seconds=0.01)

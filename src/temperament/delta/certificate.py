@@ -26,6 +26,8 @@ from temperament.delta.stream import Checkpoint, open_source
 from temperament.delta.tensorfile import write_tensors
 from temperament.errors import UserError, WorkFailed
 
+TEXTS = ["The quick brown fox: 12 + 34 = 46.", " two  spaces\n\tand a tab", "naïve café 東京 🙂", ""]  # what tokenizers are asked
+
 
 def certify(
     folder: str | Path,
@@ -61,7 +63,7 @@ def certify(
     with tempfile.TemporaryDirectory(prefix="temperament-certificate-") as work:
         tensors = {f"input.{key}": value for key, value in inputs.items()} | {"expected": expected}
         write_tensors(work, {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, "question")
-        probe = _texts(processor) if processor is not None else None
+        probe = TEXTS if processor is not None else None
         question = {
             "folder": str(folder.resolve()), "base": base and str(base if reload else Path(base).resolve()),
             "reload": reload, "model_class": model_class, "texts": probe, "compute": compute,
@@ -71,7 +73,10 @@ def certify(
         here = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, environment.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "temperament.delta.certificate", work]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise WorkFailed(f"{folder} did not load and answer in a fresh process within {seconds:g} s") from None
         answer = Path(work) / "answer.json"
         if run.returncode or not answer.is_file():
             last = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -105,10 +110,6 @@ def compare(got: Tensor, expected: Tensor) -> dict:
         "agreement": float(same.double().mean()),
         "first_difference": None if bool(same.all()) else int((~same).nonzero()[0]),
     }
-
-
-def _texts(processor) -> list[str]:
-    return ["The quick brown fox: 12 + 34 = 46.", " two  spaces\n\tand a tab", "naïve café 東京 🙂", ""]
 
 
 def _encoded(processor, texts: list[str]) -> list:
