@@ -247,3 +247,19 @@ def test_a_joint_block_gives_its_image_stream(name):
     model(**inputs)
     handle.remove()
     assert torch.equal(raw[0][1], whole[block])  # (text, image)
+
+
+def test_a_piece_of_a_state_is_a_copy():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.map(x).mul_(0)  # in place, after the tap
+
+    model, x = Twice(), torch.randn(2, 5, 3)
+    with torch.no_grad(), taps(model, "map", keep=lambda h: h[:, -1]) as t:
+        model(x)
+        assert torch.equal(t["map"], model.map(x)[:, -1])
+    assert t["map"].untyped_storage().nbytes() == t["map"].nbytes

@@ -166,8 +166,10 @@ class Taps(_Hooked):
             state = value if self.grad else value.detach()
             if self.keep is not None:
                 state = self.keep(state)
-            # Detached states are copied: a later in-place operation of the model must not change what was read.
-            self._seen[at.name].append(state if self.grad or state.data_ptr() != value.data_ptr() else state.clone())
+            # Detached states are copied, views of them too: a later in-place operation of the model must not change what was
+            # read, and a piece of a state must not keep the whole alive.
+            same = state.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+            self._seen[at.name].append(state.clone() if same and not self.grad else state)
         return value
 
     @property
