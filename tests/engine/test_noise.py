@@ -9,6 +9,7 @@ import torch
 from temperament.engine import consistency
 from temperament.engine.denoise import move
 from temperament.engine.noise import Diffusion, Edm, Flow, karras, process_of
+from temperament.errors import UserError
 from tests.generators import CM, LCM
 
 diffusers = pytest.importorskip("diffusers")
@@ -94,3 +95,10 @@ def test_pseudo_huber_is_a_square_near_zero_and_a_distance_far_away():
     square, norm = (u.flatten(1).square().sum(1), u.flatten(1).norm(dim=1))
     torch.testing.assert_close(consistency.pseudo_huber(tiny, c), 1e-10 * square / (2 * c), rtol=1e-4, atol=0)
     torch.testing.assert_close(consistency.pseudo_huber(far, c), 1e4 * norm - c, rtol=1e-6, atol=0)
+
+
+def test_a_schedule_that_is_rescaled_to_pure_noise_is_refused_not_misread():
+    plain = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+    assert process_of(plain | {"rescale_betas_zero_snr": False}) == process_of(plain)
+    with pytest.raises(UserError, match="rescale_betas_zero_snr"):
+        process_of(plain | {"rescale_betas_zero_snr": True})

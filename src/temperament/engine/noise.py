@@ -262,6 +262,9 @@ def process_of(scheduler: Any) -> Process:
         return Edm(**given, boundary=boundary, scale=250.0 if boundary else 0.25)
     if predicts not in ("epsilon", "v_prediction", "sample") or "EDM" in name:
         raise UserError("scheduler", name, "this noise process is not known; use one of diffusion (betas), flow or consistency")
+    if config.get("rescale_betas_zero_snr"):
+        mend = "a chain that ends in pure noise is not known here; use a base without it"
+        raise UserError("scheduler.rescale_betas_zero_snr", True, mend)
     return Diffusion(_betas(config), predicts, boundary="LCM" in name, clean_end=config.get("set_alpha_to_one", True))
 
 
