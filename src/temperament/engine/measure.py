@@ -148,12 +148,9 @@ class TextSkill:
         return out
 
     def _answers(self, prompts: list[list[int]], system: System) -> list[str]:
-        texts: list[str] = []
-        for start in range(0, len(prompts), system.batch):
-            group = prompts[start : start + system.batch]
-            made = system.generate(group, Sampling(max_new=self.max_new))
-            texts += [system.heard(system.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made.ids]
-        return texts
+        # All at once (batches are the loop's): what a decoding part draws is addressed by the item, not by its place in a batch.
+        made = system.generate(prompts, Sampling(max_new=self.max_new))
+        return [system.heard(system.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made.ids]
 
 
 def content_key(*content: Any) -> str:
