@@ -37,15 +37,6 @@ def is_diffusers_lora(folder: str | Path) -> bool:
     return (Path(folder) / FILE).is_file()
 
 
-def not_diffusers(delta: Delta) -> str:
-    """Why diffusers' LoRA format cannot hold this delta; empty when it can."""
-    try:
-        _factors(delta)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def write_diffusers_lora(
     delta: Delta, folder: str | Path, *, unet: bool = True, base: str = "", overwrite: bool = False
 ) -> None:

@@ -175,16 +175,3 @@ def checkpointing(model: nn.Module, enabled: bool = True) -> None:
 def recomputing() -> bool:
     """Whether this forward is a recomputation inside backward (hooks that collect must not collect twice)."""
     return torch._C._current_graph_task_id() != -1
-
-
-# --- declarations ----------------------------------------------------------------------------------------------------------
-
-
-def declared(model: nn.Module) -> dict[str, list[str]]:
-    """Name of a field or condition -> paths of the modules that declare to read it, by a class or instance attribute
-    `reads = ("time", "style")`. What a run must provide before it starts."""
-    wanted: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        for name in getattr(module, "reads", ()):
-            wanted.setdefault(name, []).append(path)
-    return wanted
