@@ -77,6 +77,7 @@ def respond(
     rows = list(zip(made.ids, made.sampled, made.logp, made.sampling_logp, made.finished, strict=True))
     rows = world.gather_rows(rows, len(prompts))
     made.ids, made.sampled, made.logp, made.sampling_logp, made.finished = (list(c) for c in zip(*rows, strict=True))
+    made.tokens = sum(int(drawn.sum()) for drawn in made.sampled)
     return made
 
 
