@@ -156,7 +156,7 @@ def main() -> None:
     train(base, teacher, plan, lambda line: print(line, flush=True))
     got = found(base, 400)
     print(got, flush=True)
-    save(base, "lab/unet", given.out / "consistency", got, plan)
+    save(base, given.of, given.out / "consistency", got, plan)
 
 
 if __name__ == "__main__":

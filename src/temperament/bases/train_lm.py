@@ -38,7 +38,8 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How one base is made. `tokens` are the tokens of a step; `keep` maps a step to the name of a version kept from there."""
+    """How one base is made. A step is `rows` rows of `length` tokens; `keep` maps a step to the name of a version kept from
+    there."""
 
     width: int
     layers: int

@@ -1,4 +1,4 @@
-"""What one row of data means: nine shapes, and how the columns of a row become one.
+"""What one row of data means: eleven shapes, and how the columns of a row become one.
 
     tokenised    input_ids [+ labels | completion_mask | assistant_masks]        Tokenised
     preference   chosen + rejected [+ prompt | conversations | instruction]      Preference

@@ -26,7 +26,7 @@ class Piece(nn.Module):
     """One place's share of a linear adapter. Subclasses give `change`; `forward` may be overridden with something cheaper."""
 
     def change(self) -> Change:
-        """The change of the base weight, in y = W x orientation (out, in); differentiable in the piece's parameters."""
+        """The change of the base weight, as the module stores it; differentiable in the piece's parameters."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, base: Under) -> Tensor:
