@@ -108,5 +108,5 @@ def test_compare():
 
 def test_a_fresh_process_that_does_not_answer_in_time_is_one_sentence(live, tmp_path):
     live.save_pretrained(tmp_path / "m")
-    with pytest.raises(WorkFailed, match="within 0.01 s"):
+    with pytest.raises(WorkFailed, match="in a fresh process within"):
         certify(tmp_path / "m", IDS, logits(live), seconds=0.01)

@@ -37,7 +37,6 @@ def hooks(model) -> int:
 class Reader(nn.Module):
     """y = (1 + time) * tanh(W x) * (1 + gain * stream), and it writes the stream: everything a module may do with a context."""
 
-
     def __init__(self, width: int):
         super().__init__()
         self.map = nn.Linear(width, width)

@@ -26,7 +26,8 @@ from temperament.delta.stream import Checkpoint, open_source
 from temperament.delta.tensorfile import write_tensors
 from temperament.errors import UserError, WorkFailed
 
-TEXTS = ["The quick brown fox: 12 + 34 = 46.", " two  spaces\n\tand a tab", "naïve café 東京 🙂", ""]  # what tokenizers are asked
+# What both tokenizers are asked.
+TEXTS = ["The quick brown fox: 12 + 34 = 46.", " two  spaces\n\tand a tab", "naïve café 東京 🙂", ""]
 
 
 def certify(

@@ -148,7 +148,7 @@ class TextSkill:
         return out
 
     def _answers(self, prompts: list[list[int]], system: System) -> list[str]:
-        # All at once (batches are the loop's): what a decoding part draws is addressed by the item, not by its place in a batch.
+        # All at once (batches are the loop's): what a decoding part draws is addressed by the item, not by its place in one.
         made = system.generate(prompts, Sampling(max_new=self.max_new))
         return [system.heard(system.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made.ids]
 
