@@ -256,7 +256,7 @@ def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
         for step in range(max(min(steps, getattr(stream, "steps_per_epoch", steps)), 1)):
             got = stream.batch(step, Progress(step, max(steps, 1)))
             batches += got if isinstance(got, list) else [got]
-            if time.perf_counter() - began > LOOK:
+            if ctx.world.same(time.perf_counter() - began > LOOK):
                 break
     if not batches:
         length = min(512, getattr(getattr(ctx.base.model, "config", None), "max_position_embeddings", 512) or 512)
@@ -294,7 +294,7 @@ def _blank(n: int, length: int, trained: int, ctx: Context, kind: type = Tokens)
 
 def optimizer_share(spec: Train, p: Any, known: dict = {}) -> float:  # noqa: B006 - a cache
     """Bytes of state an optimizer keeps for a byte of this tensor: measured on a small one of the same kind."""
-    key = (spec.optimizer, p.tensor.dim(), p.role)
+    key = (repr(spec.optimizer), p.tensor.dim(), p.tensor.dtype, p.role)  # by repr: an option may be a list
     if key not in known:
         small = nn.Parameter(torch.ones((16,) * p.tensor.dim(), dtype=p.tensor.dtype))
         part = spec.optimizer
@@ -350,7 +350,7 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
             known = [*(p for _, p in base.parameters()), *(p.tensor for p in players[0].live.params.values())]
             known += players[0].live.start.values()
             before, peak = resident(), watch()
-            first = once(rows)  # also warms up
+            first = world.same(once(rows))  # also warms up; every process goes on alike
             extra = 0 if cuda(world) else peak() - before
             one = rows.select(range(min(spec.micro, len(rows))))
             seconds = first * len(one) / len(rows) if first > 1.0 else once(one)
