@@ -8,10 +8,12 @@ skills.look(live, 100)                                  means on a few items, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from temperament import parts
 from temperament.bases.load import Base
@@ -90,12 +92,19 @@ class Skills:
         values = {}
         for s in wanted:
             some = s.some(items) if items else s
-            scores = [o.score for o in some.measure(self.system(graded=False)) if o.score is not None]
-            values[s.name] = sum(scores) / max(len(scores), 1)
+            values[s.name] = level(some, some.measure(self.system(graded=False)))
         for m in self.base.components.values():
             quiet_training(m)
         targets = [values[s.name] for s in wanted if s.role == "target"]
         return values | ({"target": sum(targets) / len(targets)} if targets else {})
+
+
+def level(skill: Any, outcomes: Sequence[Outcome]) -> float:
+    """The one number of a skill, as the ledger will have it, without its interval; 0 where nothing has a score."""
+    if hasattr(skill, "of_set") and len(outcomes) > 1:
+        return float(skill.of_set(outcomes)(np.arange(len(outcomes))))
+    scores = [o.score for o in outcomes if o.score is not None]
+    return sum(scores) / max(len(scores), 1)
 
 
 def _result(skill: Any, outcomes: tuple[Outcome, ...]) -> SkillResult:
