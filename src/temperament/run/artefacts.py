@@ -42,7 +42,12 @@ def made_of(spec: Any) -> list[Any]:
         if hasattr(spec, "save")
         else plain(spec)
     )
-    return [options, [p.fingerprint() for p in walk_all(spec) if hasattr(p, "fingerprint")]]
+    return [options, prints(spec)]
+
+
+def prints(spec: Any) -> list[str]:
+    """A fingerprint of every file that the parts in it read."""
+    return [p.fingerprint() for p in walk_all(spec) if hasattr(p, "fingerprint")]
 
 
 def walk_all(spec: Any) -> Iterator[Any]:

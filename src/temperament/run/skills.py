@@ -21,7 +21,7 @@ from temperament.engine.measure import System
 from temperament.errors import UserError, nearest
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import address, cache_dir, read_outcomes, write_outcomes
+from temperament.run.artefacts import address, cache_dir, prints, read_outcomes, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult, set_level
 from temperament.run.recipe import walk_steps
@@ -52,7 +52,9 @@ class Skills:
 
     def key(self, of: str) -> str:
         """Address of scores: who was measured, on what, how."""
-        return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
+        inference = list(self.recipe.inference)
+        made = [parts.plain(inference), self.recipe.seed, *prints(inference)]
+        return address("scores", of, [s.key() for s in self.skills], *made)
 
     def less(self) -> set[str]:
         """Skills of which less is better (nats); also "target", where that holds for the target skills."""

@@ -23,7 +23,7 @@ from temperament.engine.record import SCRATCH
 from temperament.errors import UserError, nearest
 from temperament.nn import draws
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, file_sha, made_of, walk_all
+from temperament.run.artefacts import Folder, address, file_sha, made_of, prints, walk_all
 from temperament.run.memory import watch as peak_memory
 from temperament.run.recipe import unrolled
 from temperament.run.skills import Book, Skills, Tell, taught_by
@@ -256,7 +256,7 @@ class Steps:
         keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
         around = [self.recipe.inference, self.recipe.aides]  # its parts are told of both
         if step.build:
-            return [keys, parts.plain(around)]
+            return [keys, parts.plain(around), *prints(around)]
         if step.train:
             best = spec.keep == "best"
             looked = self.skills.key("look") if spec.stop or best else ""
