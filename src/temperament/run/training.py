@@ -273,7 +273,7 @@ def _trained(
 
     def looked(done: int, items: int, skill: str | None) -> dict[str, float]:
         nonlocal best
-        values = look(live, items)
+        values = ctx.world.same(look(live, items))  # what is decided by them, every process decides alike
         append({"step": done, "skills": values})
         tell("look", name=name, step=done, skills=values)
         if spec.keep == "best" and skill and (best is None or not better(skill, best[0], values[skill])):
