@@ -95,6 +95,9 @@ class PlayerSpec:
     every: int = 1  # it steps once in so many steps
     from_step: int = 0  # and not before this one
 
+    def __post_init__(self):
+        at_least(self, every=1, from_step=0)
+
 
 @dataclass(frozen=True)
 class Train:
@@ -123,6 +126,8 @@ class Train:
             raise ValueError("trainable is empty: name a selection or an adapter")
         if (self.steps or 0) < 0 or (self.epochs or 0) < 0:
             raise ValueError("steps and epochs must not be negative")
+        if math.isinf(self.epochs or 0):
+            raise ValueError("epochs must be finite")
         if self.clip is not None and self.clip <= 0:
             raise ValueError("clip must be above 0, or null for none")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -139,6 +144,10 @@ class Merging:
 class Building:
     builder: Builder  # what makes the rows: a part of the data room
     limit: int | None = None  # rows at most
+
+    def __post_init__(self):
+        if self.limit is not None:
+            at_least(self, limit=1)
 
 
 @dataclass(frozen=True)
