@@ -366,7 +366,7 @@ def test_an_override_of_any_text_is_a_sentence(text, prefix):
     ("train", "said"),
     [
         ({"epochs": float("inf")}, "epochs must be finite"),
-        ({"steps": 2, "players": {"c": {"objective": {"Tokens": "objectives.sft.cross_entropy"}, "every": 0}}}, "every must be"),
+        ({"steps": 2, "players": {"c": {"objective": {"Tokens": "objectives.sft.cross_entropy"}, "every": 0}}}, "every must"),
     ],
 )
 def test_numbers_no_loop_can_take_are_refused(train, said):
@@ -377,9 +377,7 @@ def test_numbers_no_loop_can_take_are_refused(train, said):
         read({"base": "lab/lm", "steps": [{"build": {"builder": {"data.self_play": {"rows": source}}, "limit": 0}}]})
 
 
-@pytest.mark.parametrize("inner", [{"start": "r"}, {"train": {"source": {"data.file": {"path": "x.jsonl"}}, "steps": 1}, "start": "r"}])
-def test_a_round_cannot_begin_with_its_own_end(inner):
-    step = {"name": "a", "measure": True} | inner
-    step = {k: v for k, v in step.items() if k != "measure" or "train" not in step}
+def test_a_round_cannot_begin_with_its_own_end():
+    step = {"name": "a", "measure": True, "start": "r"}
     with pytest.raises(UserError, match="not a step before this one"):
         read({"base": "lab/lm", "steps": [{"name": "r", "rounds": {"times": 2, "steps": [step]}}]})
