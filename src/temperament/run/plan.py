@@ -31,7 +31,6 @@ from temperament.bases.load import Base
 from temperament.bases.pipeline import pipeline_of, shells
 from temperament.errors import TemperError
 from temperament.nn.batch import Batch, Rollout, Tokens
-from temperament.nn.context import checkpointing
 from temperament.parts import walk
 from temperament.protocols import Progress
 from temperament.run.check import online, untouched
@@ -39,7 +38,7 @@ from temperament.run.dry import META, Counting, Shapes, fused_attention, shapes_
 from temperament.run.layouts import token_fields
 from temperament.run.memory import resident, watch
 from temperament.run.recipe import Recipe, Step, Train
-from temperament.run.training import build_players, must_meet, quiet_training, steps_of
+from temperament.run.training import in_training, must_meet, steps_of
 from temperament.train.context import Context
 from temperament.train.loop import Player, run_batch
 from temperament.train.world import World
@@ -220,23 +219,13 @@ def players_on(
     ctx = Context(
         base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
     )
-    counting, players = Shapes(), []
+    counting = Shapes()
     for _, p in base.parameters():
         counting.see(p)
-    try:
-        for component in base.components.values():
-            if spec.checkpointing:
-                checkpointing(component)
-            quiet_training(component)
+    with contextlib.ExitStack() as stack:
         with counting:
-            players = build_players(replace(spec, optimizer=NoStep()), ctx, prepare=False)
+            players = stack.enter_context(in_training(replace(spec, optimizer=NoStep()), ctx, prepare=False))
         yield players, ctx, counting
-    finally:
-        for player in players:
-            player.live.close()
-        for component in base.components.values():
-            if spec.checkpointing:
-                checkpointing(component, enabled=False)
 
 
 def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
@@ -336,12 +325,7 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
         ctx = Context(
             base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
         )
-        for component in base.components.values():
-            if spec.checkpointing:
-                checkpointing(component)
-            quiet_training(component)
-        players = build_players(replace(spec, optimizer=NoStep()), ctx, prepare=False)
-        try:
+        with in_training(replace(spec, optimizer=NoStep()), ctx, prepare=False) as players:
             rows, _, _, assumed = largest(spec, ctx)
             objective = players[0].objectives.get(type(rows).__name__)
             if objective is None or (assumed and base.tokenizer is None):
@@ -362,12 +346,6 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
                     once(rows)
             total = found["memory"]["total"] - found["memory"]["optimizer"] - found["memory"]["versions"]
             extra = max(extra - (total - bytes_of(known)), 0) if extra else 0
-        finally:
-            for player in players:
-                player.live.close()
-            for component in base.components.values():
-                if spec.checkpointing:
-                    checkpointing(component, enabled=False)
     micros = -(-spec.batch // spec.micro) / world.size
     # The longest rows were timed; the mean row costs its share of tokens.
     mean = found["tokens"] / max(found["steps"], 1) / spec.batch
