@@ -236,6 +236,16 @@ def test_what_was_built_is_read_from_any_start(base, tmp_path):
     assert list(cached(run)) == ["each.1.pairs", "each.1.play", "each.2.pairs", "each.2.play"]
 
 
+def test_full_memory_is_a_sentence_that_says_what_to_set(base, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("temperament.run.steps.run_train", full)
+    with pytest.raises(WorkFailed, match=r"memory .* is full; set micro: 1 .*--resume"):
+        tune(recipe(train("sft"), evaluation={"base": False}), tmp_path / "r", base=base)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "failed"
+
+
 def test_foreach_when_and_measure(base, tmp_path):
     each = {
         "name": "f",

@@ -142,7 +142,10 @@ class _Tuning:
             self.close("failed", str(problem))
             raise
         except Exception as problem:
-            self.close("failed", repr(problem))
+            said = memory_ended(problem)
+            self.close("failed", said or repr(problem))
+            if said:
+                raise WorkFailed(said) from problem
             raise
         finally:
             if self.base is not None:
@@ -223,6 +226,15 @@ class _Tuning:
         run = Run(self.folder.path, self.recipe, self.base, state, ledger, json)
         self.tell("end", run=run)
         return run
+
+
+def memory_ended(problem: BaseException) -> str:
+    """What to do where the machine had no more memory to give, or "" where something else went wrong."""
+    full = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+    if not full and "can't allocate memory" not in str(problem):
+        return ""
+    mend = "micro: 1 or checkpointing: true in the train step, or a smaller evaluation.batch: none changes a result"
+    return f"The memory of this machine is full; set {mend}; then resume with --resume. `temper plan` says what a recipe takes."
 
 
 def ledger_json(steps: Steps) -> dict[str, Any] | None:
