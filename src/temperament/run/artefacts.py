@@ -4,9 +4,8 @@
         checkpoints/STEP/  steps/STEP/{artefact.json, delta/, outcomes.json}
 
 A step's *key* is the sha256 of its resolved options, the key it started from, the base's identity, the seed and the content of
-the
-files it reads: an unchanged step is not run again, a changed one is, and nothing can be stale. Scores of a base are constants
-and live in the user's cache, shared by all runs.
+the files it reads: an unchanged step is not run again, a changed one is, and nothing can be stale. Scores of a base are
+constants and live in the user's cache, shared by all runs.
 """
 
 from __future__ import annotations
