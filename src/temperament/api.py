@@ -18,8 +18,9 @@ from temperament.run.evaluate import evaluate
 from temperament.run.generate import chat, generate
 from temperament.run.merging import merge
 from temperament.run.sample import sample
-from temperament.run.tune import Run
+from temperament.run.tune import Run, base_of
 from temperament.run.tune import tune as carry_out
+from temperament.train.world import World, speaks
 
 Tell = Callable[..., None]
 RecipeLike = str | Path | Mapping[str, Any] | schema.Recipe
@@ -51,6 +52,8 @@ def _drawn(folder: Path, tell: Tell) -> None:
     """report.html. The work is done by now: a report that cannot be drawn is said and harms nothing."""
     from temperament import report
 
+    if not speaks():
+        return
     try:
         tell("report", path=str(report.write(folder)))
     except TemperError:
@@ -71,7 +74,7 @@ def plan(recipe: RecipeLike, *, overrides: Iterable[str] = (), base: Base | None
         rough = plans.plan(spec, plans.shapes(spec), dry=False)
         if not rough["fits"]:
             return rough
-    return plans.plan(spec, base or _load(spec))
+    return plans.plan(spec, base or base_of(spec, World(spec.precision.compute, device=spec.device)))
 
 
 def check(
@@ -79,20 +82,12 @@ def check(
 ) -> dict[str, Any]:
     """Exactness on this model and data; with `resume` also that a killed run goes on to the same bits."""
     from temperament.run import check as checks
-    from temperament.train.world import World
 
     spec = schema.read(recipe, overrides)
     if resume:
         return checks.check_resume(spec)
-    return checks.check(spec, base or _load(spec), World(spec.precision.compute))
-
-
-def _load(spec: schema.Recipe) -> Base:
-    from temperament.bases.load import load
-    from temperament.run.reopen import where
-
-    how = {"dtype": spec.precision.master, "device": where(spec.device), "trust_remote_code": spec.trust_remote_code}
-    return load(spec.base, own=True, **how)
+    world = World(spec.precision.compute, device=spec.device)
+    return checks.check(spec, base or base_of(spec, world), world)
 
 
 def dial(

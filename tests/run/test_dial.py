@@ -25,6 +25,16 @@ def test_of_nats_less_is_more():
     assert both.worth({"text": 1.0, "add": 0.5}) == -0.25
 
 
+def test_a_number_of_the_whole_set_is_that_number():
+    """A distance between pictures has no score an item: swept and watched it is what the ledger says, not 0."""
+    seen = [SimpleNamespace(score=None, extra={}, prompt="", at=float(i)) for i in range(4)]
+    far = skill("kid", "target", higher_is_better=False, unit="MMD")
+    far.measure = lambda system: seen
+    far.of_set = lambda outcomes: lambda rows: sum(outcomes[i].at for i in rows) / len(rows)
+    some = _Some(SimpleNamespace(skills=[far], system=lambda graded: None), 4)
+    assert some.values() == {"kid": 1.5}
+
+
 def test_what_is_painted_stays_with_the_point():
     """Two pictures of a target, one of each other skill; scores without pictures keep none."""
     outcome = lambda name, i, **extra: SimpleNamespace(prompt=f"{name} {i}", score=1.0, extra=extra)

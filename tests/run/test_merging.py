@@ -204,6 +204,8 @@ def test_refusals_before_anything_is_written(lab, tmp_path):
         (lambda: merge(yml(dtype="float23"), out), "did you mean 'float32'"),
         (lambda: merge(yml(base_model=None), out), "base_model"),
         (lambda: merge(yml(slices=[]) | {"models": None}, out), "give models, or slices"),
+        (lambda: merge(yml(slices=["a"]) | {"models": None}, out), r"slices\[0\]"),
+        (lambda: merge(yml(slices=[{"sources": ["a"]}]) | {"models": None}, out), r"slices\[0\]"),
         (lambda: merge({"merge_method": "slerp", "base_model": str(base), "models": [str(a), str(b)]}, out), "with one other"),
         (lambda: merge(yml(tokenizer_source="elsewhere"), out), "union, base, or one"),
     ]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -97,6 +97,21 @@ def test_optimizer_state_is_measured():
     assert optimizer_share(spec(optimizer=AdamW(1e-3)), p) == 2.0
     assert optimizer_share(spec(optimizer=SGD(1e-3)), p) == 0.0
     assert optimizer_share(spec(optimizer=SGD(1e-3, momentum=0.9)), p) == 1.0
+    half = replace(p, tensor=torch.nn.Parameter(p.tensor.detach().bfloat16()))
+    assert optimizer_share(spec(optimizer=Fp32State()), p) == 1.0 and optimizer_share(spec(optimizer=Fp32State()), half) == 2.0
+
+
+@dataclass(frozen=True)
+class Fp32State:
+    """An optimizer whose state is fp32 whatever it trains, with an option that is a list."""
+
+    lr: float = 1e-3
+    only: list[str] = field(default_factory=list)
+
+    def build(self, parameters, ctx):
+        stepper = torch.optim.SGD([p.tensor for p in parameters], lr=self.lr)
+        stepper.step = lambda: [stepper.state[p.tensor].update(m=torch.zeros(p.tensor.shape)) for p in parameters]
+        return stepper
 
 
 def _params():

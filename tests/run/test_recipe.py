@@ -360,3 +360,24 @@ def test_an_override_of_any_text_is_a_sentence(text, prefix):
         read(RICH, [("a.train." if prefix else "") + text])
     except UserError as problem:
         assert "\n" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"epochs": float("inf")}, "epochs must be finite"),
+        ({"steps": 2, "players": {"c": {"objective": {"Tokens": "objectives.sft.cross_entropy"}, "every": 0}}}, "every must"),
+    ],
+)
+def test_numbers_no_loop_can_take_are_refused(train, said):
+    source = {"data.file": {"path": "x.jsonl"}}
+    with pytest.raises(UserError, match=said):
+        read({"base": "lab/lm", "steps": [{"train": {"source": source, **train}}]})
+    with pytest.raises(UserError, match="limit must be at least 1"):
+        read({"base": "lab/lm", "steps": [{"build": {"builder": {"data.self_play": {"rows": source}}, "limit": 0}}]})
+
+
+def test_a_round_cannot_begin_with_its_own_end():
+    step = {"name": "a", "measure": True, "start": "r"}
+    with pytest.raises(UserError, match="not a step before this one"):
+        read({"base": "lab/lm", "steps": [{"name": "r", "rounds": {"times": 2, "steps": [step]}}]})

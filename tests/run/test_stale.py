@@ -1,7 +1,9 @@
 """What must not be taken from a cache: scores and steps of a base that is used otherwise than it was."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run.test_tune import cached, light, recipe, train  # noqa: F401 - the fixture
@@ -9,6 +11,10 @@ from tiny import write_rows
 
 from temperament.bases.kept import kept
 from temperament.bases.load import load
+from temperament.run.artefacts import address, file_sha
+from temperament.run.recipe import read
+from temperament.run.skills import Skills
+from temperament.run.steps import Steps
 from temperament.run.tune import tune
 
 
@@ -57,6 +63,30 @@ def test_a_base_read_otherwise_is_measured_and_tuned_anew(folder, tmp_path):
     edited(own, lambda t: t.replace("<|end|>{% endif", "! <|end|>{% endif"))
     assert carried_out(document, out) == (False, False)
     assert carried_out(document, out) == (True, True)
+
+
+def test_scores_and_rows_are_of_the_files_that_answering_reads(tmp_path):
+    """An inference part may read a file: other content under the same name is another system."""
+    file = tmp_path / "words.txt"
+    file.write_text("one")
+    given = replace(read(recipe(train("sft", steps=1))), inference=[Reads(str(file))])
+    skills = Skills([], given, None)
+    steps = object.__new__(Steps)
+    steps.recipe, steps.states, steps.latest = given, {}, {}
+    build = SimpleNamespace(name="rows", merge=None, build=True, train=None)
+    before = skills.key("x"), address(steps.inputs(build, None))
+    assert (skills.key("x"), address(steps.inputs(build, None))) == before
+    file.write_text("two")
+    assert skills.key("x") != before[0] and address(steps.inputs(build, None)) != before[1]
+
+
+@dataclass(frozen=True)
+class Reads:
+    path: str
+    part_name = "decode.reads"
+
+    def fingerprint(self):
+        return file_sha(self.path)
 
 
 def test_a_run_that_changed_nothing_is_its_base_whatever_lay_in_the_folder(tmp_path):

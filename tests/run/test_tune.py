@@ -226,6 +226,26 @@ def test_rounds_stop_by_their_rule_and_begin_where_they_say(base, tmp_path):
         assert len(digest) == 2
 
 
+def test_what_was_built_is_read_from_any_start(base, tmp_path):
+    """Rows do not hang on the weights a step begins with; and inside a foreach a step goes by its own name."""
+    rows = {"data.self_play": {"rows": lab(), "take": 4, "max_new": 2, "temperature": 1.0}}
+    play = {"source": {"data.file": {"path": "pairs", "holdout": 0}}, "objective": "objectives.preference.dpo"}
+    inner = [{"name": "pairs", "build": {"builder": rows}}, train("play", steps=1, start="base", ledger=False, **play)]
+    each = {"name": "each", "foreach": {"values": {"k": [1, 2]}, "steps": inner}}
+    run = tune(recipe(each, evaluation={"base": False}), tmp_path / "r", base=base)
+    assert list(cached(run)) == ["each.1.pairs", "each.1.play", "each.2.pairs", "each.2.play"]
+
+
+def test_full_memory_is_a_sentence_that_says_what_to_set(base, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("temperament.run.steps.run_train", full)
+    with pytest.raises(WorkFailed, match=r"memory .* is full; set micro: 1 .*--resume"):
+        tune(recipe(train("sft"), evaluation={"base": False}), tmp_path / "r", base=base)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "failed"
+
+
 def test_foreach_when_and_measure(base, tmp_path):
     each = {
         "name": "f",

@@ -47,6 +47,14 @@ def test_only_the_newest_are_kept(tmp_path, keep):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000005", "step-000009", "step-000012"][-keep:]
 
 
+def test_what_another_recipe_left_behind_hides_nothing(tmp_path):
+    saved(tmp_path, 50, 100)
+    checkpoint.save(tmp_path, 10, TENSORS, {"key": "edited"}, keep=2)
+    assert checkpoint.load_newest(tmp_path)[0]["key"] == "edited"
+    checkpoint.save(tmp_path, 60, TENSORS, {"key": "edited"}, keep=2)
+    assert [p.name for p in checkpoint.newest_last(tmp_path)] == ["step-000010", "step-000060"]
+
+
 def test_the_newest_is_by_number(tmp_path):
     saved(tmp_path, 999_998, 999_999, 1_000_000, keep=2)
     assert [p.name for p in checkpoint.newest_last(tmp_path)] == ["step-999999", "step-1000000"]

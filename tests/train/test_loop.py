@@ -20,6 +20,7 @@ from temperament.methods.select.full import Full
 from temperament.nn.logprobs import kl, label, score
 from temperament.protocols import Progress, Term
 from temperament.run.laws import distance, gradient
+from temperament.run.recipe import PlayerSpec
 from temperament.run.training import build_players
 from temperament.train.live import Live
 from temperament.train.loop import _average, grad_norm, run_batch, train, update
@@ -319,3 +320,12 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_gradients():
         assert 1e-5 < distance(exact, rough)[0] < 0.2
     finally:
         World("fp32")
+
+
+def test_players_that_are_refused_leave_nothing_on_the_base():
+    """The first is attached when a later one cannot be: a base that is used on must not keep its piece."""
+    base = base_of("llama")
+    late = PlayerSpec(objective={"Tokens": CrossEntropy()}, optimizer=AdamW(1e-3), trainable=[LoRA(rank=2)], on="nobody")
+    with pytest.raises(UserError, match="nobody"):
+        build_players(spec(trainable=[LoRA(rank=2)], players={"late": late}), context(base))
+    assert not any("_pieces" in vars(m) for m in base.model.modules())

@@ -4,9 +4,8 @@
         checkpoints/STEP/  steps/STEP/{artefact.json, delta/, outcomes.json}
 
 A step's *key* is the sha256 of its resolved options, the key it started from, the base's identity, the seed and the content of
-the
-files it reads: an unchanged step is not run again, a changed one is, and nothing can be stale. Scores of a base are constants
-and live in the user's cache, shared by all runs.
+the files it reads: an unchanged step is not run again, a changed one is, and nothing can be stale. Scores of a base are
+constants and live in the user's cache, shared by all runs.
 """
 
 from __future__ import annotations
@@ -42,7 +41,12 @@ def made_of(spec: Any) -> list[Any]:
         if hasattr(spec, "save")
         else plain(spec)
     )
-    return [options, [p.fingerprint() for p in walk_all(spec) if hasattr(p, "fingerprint")]]
+    return [options, prints(spec)]
+
+
+def prints(spec: Any) -> list[str]:
+    """A fingerprint of every file that the parts in it read."""
+    return [p.fingerprint() for p in walk_all(spec) if hasattr(p, "fingerprint")]
 
 
 def walk_all(spec: Any) -> Iterator[Any]:

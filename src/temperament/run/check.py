@@ -4,7 +4,7 @@
                                   not matter; deviations are returned, and above tolerance the run is refused
 
 Nothing is left behind: weights, gradients, modes, versions, random state and files are what they were. What cannot be promised
-(a base with BatchNorm, a part that declares an exception) is named under `exempt`, not tested. `resume.py` proves the other
+(a base's own dropout, a part that declares an exception) is named under `exempt`, not tested. `resume.py` proves the other
 half: that a run can be killed anywhere.
 """
 
@@ -88,7 +88,6 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
         noise = noisy(base)
         for module in base.components.values():
             quiet_training(module)
-        coupled = coupling(base)
         before, painted = laws.probe(base), laws.painter(base)  # what the base says before anything is attached
         players = build_players(replace(spec, micro=max(spec.micro, ROWS)), ctx, prepare=False)
         try:
@@ -105,13 +104,13 @@ def check_step(step: Step, base: Base, world: World, recipe: Recipe) -> tuple[li
                         continue
                     kinds.add((player.name, kind))
                     found += list(
-                        _player_laws(player, players, batch, ties, before, painted, laws.TOLERANCE[dtype], coupled, seed, spec)
+                        _player_laws(player, players, batch, ties, before, painted, laws.TOLERANCE[dtype], seed, spec)
                     )
         finally:
             for player in players:
                 player.live.close()
     exempt = [f"{type(p).part_name}: {', '.join(p.part_declares)}" for p in _parts(spec) if getattr(p, "part_declares", ())]
-    exempt += [f"the base: {why}" for why in (noise, coupled) if why]
+    exempt += [f"the base: {noise}"] * bool(noise)
     return found, exempt
 
 
@@ -123,7 +122,6 @@ def _player_laws(
     before: Any,
     painted: Any,
     tolerance: float,
-    coupled: str,
     seed: int,
     spec: Train,
 ) -> Iterator[Law]:
@@ -131,9 +129,7 @@ def _player_laws(
     rows, objective = few(batch, ROWS), player.objectives[kind]
     trained = spec.trainable if player is players[0] else spec.players[player.name].trainable
     declared = [d for p in (objective, *player.regularizers, *trained) for d in getattr(p, "part_declares", ())]
-    split = coupled or next(
-        (f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), ""
-    )
+    split = next((f"a part declares: {d}" for d in declared if d in ("couples the batch", "approximate gradient")), "")
     tokens = rows if isinstance(rows, Images) else next(iter(token_fields(rows)), None)
     with laws.perturbed(player, seed):
         rows = _unlike(rows, player) if isinstance(rows, Rollout) else rows
@@ -205,7 +201,7 @@ def first_batches(spec: Train, ctx: Context) -> list[Batch]:
     batches: list[Batch] = []
     began = time.perf_counter()
     for step in range(1 if generates else max(min(LOOKS, total), 1)):
-        if step and time.perf_counter() - began > 0.5:
+        if step and ctx.world.same(time.perf_counter() - began > 0.5):
             break
         got = stream.batch(step, Progress(step, max(total, 1)))
         batches += got if isinstance(got, list) else [got]
@@ -240,17 +236,6 @@ def noisy(base: Base) -> str:
             if any(isinstance(r, float) and r > 0 for r in rates):
                 return f"its own dropout ({name}) draws in order of calls and is off in training"
     return ""
-
-
-def coupling(base: Base) -> str:
-    """What makes one row depend on the others of its batch while training, in words, or ""."""
-    norms = [
-        n
-        for c in base.components.values()
-        for n, m in c.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-    ]
-    return f"BatchNorm couples the rows of a batch ({norms[0]} and {len(norms) - 1} more)" if norms else ""
 
 
 def _walk(steps: list[Step]) -> Iterator[Step]:

@@ -17,6 +17,7 @@ from temperament import parts
 from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.protocols import Outcome, Shape
+from temperament.run.skills import level
 
 
 def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
@@ -80,8 +81,7 @@ class _Some:
         system, out, self.painted = self.all.system(graded=False), {}, []
         for s in self.skills:
             outcomes = s.measure(system)
-            scores = [o.score for o in outcomes if o.score is not None]
-            out[s.name] = sum(scores) / max(len(scores), 1)
+            out[s.name] = level(s, outcomes)
             self._keep(s, outcomes)
         return out
 

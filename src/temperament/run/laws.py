@@ -143,7 +143,7 @@ def compared(name: str, plain: tuple[Gradient, float], other: tuple[Gradient, fl
 def gradient_laws(
     player: Player, objective: Any, batch: Batch, tolerance: float, packs: bool, split: str = ""
 ) -> Iterator[Law]:
-    """split: why rows may not be computed apart (a base that couples its batch), or ""."""
+    """split: why rows may not be computed apart (a part that couples its batch), or ""."""
     model, n = player.live.model, len(batch)
     whole = gradient(player, objective, batch, n)
     size = norm(whole[0])

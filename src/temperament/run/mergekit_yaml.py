@@ -180,8 +180,10 @@ def _slices(document: Mapping, base: Input | None, get: Any) -> list[Slice]:
         return [Slice(tuple(pieces), {}, base)]
     out = []
     for i, item in enumerate(document["slices"]):
-        pieces = []
-        for k, source in enumerate(item.get("sources") or []):
+        pieces, sources = [], item.get("sources") if isinstance(item, Mapping) else None
+        if not isinstance(sources, list) or not all(isinstance(s, Mapping) for s in sources):
+            raise UserError(f"slices[{i}]", item, "write {sources: [{model: ..., layer_range: [first, last]}, ...]}")
+        for k, source in enumerate(sources):
             field = f"slices[{i}].sources[{k}]"
             model = get(source.get("model"), f"{field}.model")
             count = layers_of(model.source.names)[1]

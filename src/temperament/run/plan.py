@@ -31,7 +31,6 @@ from temperament.bases.load import Base
 from temperament.bases.pipeline import pipeline_of, shells
 from temperament.errors import TemperError
 from temperament.nn.batch import Batch, Rollout, Tokens
-from temperament.nn.context import checkpointing
 from temperament.parts import walk
 from temperament.protocols import Progress
 from temperament.run.check import online, untouched
@@ -39,7 +38,7 @@ from temperament.run.dry import META, Counting, Shapes, fused_attention, shapes_
 from temperament.run.layouts import token_fields
 from temperament.run.memory import resident, watch
 from temperament.run.recipe import Recipe, Step, Train
-from temperament.run.training import build_players, must_meet, quiet_training, steps_of
+from temperament.run.training import in_training, must_meet, steps_of
 from temperament.train.context import Context
 from temperament.train.loop import Player, run_batch
 from temperament.train.world import World
@@ -220,23 +219,13 @@ def players_on(
     ctx = Context(
         base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
     )
-    counting, players = Shapes(), []
+    counting = Shapes()
     for _, p in base.parameters():
         counting.see(p)
-    try:
-        for component in base.components.values():
-            if spec.checkpointing:
-                checkpointing(component)
-            quiet_training(component)
+    with contextlib.ExitStack() as stack:
         with counting:
-            players = build_players(replace(spec, optimizer=NoStep()), ctx, prepare=False)
+            players = stack.enter_context(in_training(replace(spec, optimizer=NoStep()), ctx, prepare=False))
         yield players, ctx, counting
-    finally:
-        for player in players:
-            player.live.close()
-        for component in base.components.values():
-            if spec.checkpointing:
-                checkpointing(component, enabled=False)
 
 
 def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
@@ -256,7 +245,7 @@ def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
         for step in range(max(min(steps, getattr(stream, "steps_per_epoch", steps)), 1)):
             got = stream.batch(step, Progress(step, max(steps, 1)))
             batches += got if isinstance(got, list) else [got]
-            if time.perf_counter() - began > LOOK:
+            if ctx.world.same(time.perf_counter() - began > LOOK):
                 break
     if not batches:
         length = min(512, getattr(getattr(ctx.base.model, "config", None), "max_position_embeddings", 512) or 512)
@@ -294,7 +283,7 @@ def _blank(n: int, length: int, trained: int, ctx: Context, kind: type = Tokens)
 
 def optimizer_share(spec: Train, p: Any, known: dict = {}) -> float:  # noqa: B006 - a cache
     """Bytes of state an optimizer keeps for a byte of this tensor: measured on a small one of the same kind."""
-    key = (spec.optimizer, p.tensor.dim(), p.role)
+    key = (repr(spec.optimizer), p.tensor.dim(), p.tensor.dtype, p.role)  # by repr: an option may be a list
     if key not in known:
         small = nn.Parameter(torch.ones((16,) * p.tensor.dim(), dtype=p.tensor.dtype))
         part = spec.optimizer
@@ -336,12 +325,7 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
         ctx = Context(
             base, world, recipe.seed, spec.batch, spec.micro, Path(scratch), aides=recipe.aides, inference=recipe.inference
         )
-        for component in base.components.values():
-            if spec.checkpointing:
-                checkpointing(component)
-            quiet_training(component)
-        players = build_players(replace(spec, optimizer=NoStep()), ctx, prepare=False)
-        try:
+        with in_training(replace(spec, optimizer=NoStep()), ctx, prepare=False) as players:
             rows, _, _, assumed = largest(spec, ctx)
             objective = players[0].objectives.get(type(rows).__name__)
             if objective is None or (assumed and base.tokenizer is None):
@@ -350,7 +334,7 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
             known = [*(p for _, p in base.parameters()), *(p.tensor for p in players[0].live.params.values())]
             known += players[0].live.start.values()
             before, peak = resident(), watch()
-            first = once(rows)  # also warms up
+            first = world.same(once(rows))  # also warms up; every process goes on alike
             extra = 0 if cuda(world) else peak() - before
             one = rows.select(range(min(spec.micro, len(rows))))
             seconds = first * len(one) / len(rows) if first > 1.0 else once(one)
@@ -362,12 +346,6 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
                     once(rows)
             total = found["memory"]["total"] - found["memory"]["optimizer"] - found["memory"]["versions"]
             extra = max(extra - (total - bytes_of(known)), 0) if extra else 0
-        finally:
-            for player in players:
-                player.live.close()
-            for component in base.components.values():
-                if spec.checkpointing:
-                    checkpointing(component, enabled=False)
     micros = -(-spec.batch // spec.micro) / world.size
     # The longest rows were timed; the mean row costs its share of tokens.
     mean = found["tokens"] / max(found["steps"], 1) / spec.batch

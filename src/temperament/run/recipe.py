@@ -95,6 +95,9 @@ class PlayerSpec:
     every: int = 1  # it steps once in so many steps
     from_step: int = 0  # and not before this one
 
+    def __post_init__(self):
+        at_least(self, every=1, from_step=0)
+
 
 @dataclass(frozen=True)
 class Train:
@@ -123,6 +126,8 @@ class Train:
             raise ValueError("trainable is empty: name a selection or an adapter")
         if (self.steps or 0) < 0 or (self.epochs or 0) < 0:
             raise ValueError("steps and epochs must not be negative")
+        if math.isinf(self.epochs or 0):
+            raise ValueError("epochs must be finite")
         if self.clip is not None and self.clip <= 0:
             raise ValueError("clip must be above 0, or null for none")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -139,6 +144,10 @@ class Merging:
 class Building:
     builder: Builder  # what makes the rows: a part of the data room
     limit: int | None = None  # rows at most
+
+    def __post_init__(self):
+        if self.limit is not None:
+            at_least(self, limit=1)
 
 
 @dataclass(frozen=True)
@@ -273,7 +282,6 @@ def _named(recipe: Recipe) -> Recipe:
             raise UserError("train.keep", "ema", "no running mean is kept; give its decay, e.g. ema: 0.99")
         if train.keep == "best" and not (train.stop or recipe.evaluation.every):
             raise UserError("train.keep", "best", "nothing is looked at while training; set evaluation.every, or train.stop")
-    _readable(steps, set())
     _versioned(steps)
     return replace(recipe, steps=steps)
 
@@ -296,24 +304,8 @@ def _versioned(steps: list[Step]) -> None:
                     raise UserError(f"{step.name}.train.keep", step.train.keep, mend)
 
 
-def _readable(steps: list[Step], before: set[str]) -> None:
-    """Every step that a part reads (its `inputs`) stands before it, outside or in the same round."""
-    from temperament.run.artefacts import walk_all
-
-    for step in steps:
-        if step.rounds:
-            _readable(step.rounds.steps, before | {s.name for s in step.rounds.steps})
-        for spec in (step.train, step.build):
-            for p in walk_all(spec) if spec else ():
-                for read in getattr(p, "inputs", ()):
-                    if read not in before:
-                        raise UserError(
-                            f"{step.name}.{type(p).part_name}", read, f"not a step before this one; {nearest(read, before)}"
-                        )
-        before = before | {step.name}
-
-
-def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
+def _names(steps: list[Step], where: str, outer: list[str], within: tuple[str, ...] = ()) -> list[Step]:
+    """outer: steps before these; within: the rounds and foreach they are inside of, whose end is none of theirs to read."""
     from temperament.run.artefacts import walk_all
 
     made: list[Step] = []
@@ -323,7 +315,7 @@ def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
             raise UserError(
                 f"{where}[{i}].name", name, "it becomes a folder; use letters, digits, '_', '-' and '.', at most 64"
             )
-        if name in before or name in ("base", "previous", "start", "inference"):
+        if name in (*before, *within, "base", "previous", "start", "inference"):
             raise UserError(f"{where}[{i}].name", name, "already taken; give each step its own name")
         holder = next((s.name for s in made if (s.rounds or s.foreach) and name.startswith(s.name + ".")), None)
         if holder:
@@ -335,7 +327,7 @@ def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
         for key, of in (("start", [step.start]), ("merge.of", step.merge.of if step.merge else [])):
             for k in of:
                 if k in ("previous", "base", *before) or (
-                    key == "merge.of" and (Path(k).exists() or re.split(r"[./]", k)[0] in before)
+                    key == "merge.of" and (Path(k).exists() or re.split(r"[./]", k)[0] in (*before, *within))
                 ):
                     continue
                 what = "not a step before this one" if key == "start" else "neither a step before this one nor a folder"
@@ -351,13 +343,11 @@ def _names(steps: list[Step], where: str, outer: list[str]) -> list[Step]:
                         f"{where}[{i}].{type(part).part_name}", k, f"not a step before this one; {nearest(k, before)}"
                     )
         if step.rounds:
-            step = replace(
-                step,
-                rounds=replace(step.rounds, steps=_names(step.rounds.steps, f"{where}[{i}].rounds.steps", [*before, name])),
-            )
+            inner = _names(step.rounds.steps, f"{where}[{i}].rounds.steps", before, (*within, name))
+            step = replace(step, rounds=replace(step.rounds, steps=inner))
         if step.foreach:
             unrolled(step)
-            _names(_templates(step, 0), f"{where}[{i}].foreach.steps", [*before, name])
+            _names(_templates(step, 0), f"{where}[{i}].foreach.steps", before, (*within, name))
         made.append(step)
     return made
 

@@ -8,10 +8,12 @@ skills.look(live, 100)                                  means on a few items, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from temperament import parts
 from temperament.bases.load import Base
@@ -19,7 +21,7 @@ from temperament.engine.measure import System
 from temperament.errors import UserError, nearest
 from temperament.protocols import Outcome
 from temperament.run import recipe as schema
-from temperament.run.artefacts import address, cache_dir, read_outcomes, write_outcomes
+from temperament.run.artefacts import address, cache_dir, prints, read_outcomes, write_outcomes
 from temperament.run.ledger import Ledger
 from temperament.run.outcome import SkillResult, set_level
 from temperament.run.recipe import walk_steps
@@ -50,7 +52,9 @@ class Skills:
 
     def key(self, of: str) -> str:
         """Address of scores: who was measured, on what, how."""
-        return address("scores", of, [s.key() for s in self.skills], parts.plain(list(self.recipe.inference)), self.recipe.seed)
+        inference = list(self.recipe.inference)
+        made = [parts.plain(inference), self.recipe.seed, *prints(inference)]
+        return address("scores", of, [s.key() for s in self.skills], *made)
 
     def less(self) -> set[str]:
         """Skills of which less is better (nats); also "target", where that holds for the target skills."""
@@ -90,12 +94,19 @@ class Skills:
         values = {}
         for s in wanted:
             some = s.some(items) if items else s
-            scores = [o.score for o in some.measure(self.system(graded=False)) if o.score is not None]
-            values[s.name] = sum(scores) / max(len(scores), 1)
+            values[s.name] = level(some, some.measure(self.system(graded=False)))
         for m in self.base.components.values():
             quiet_training(m)
         targets = [values[s.name] for s in wanted if s.role == "target"]
         return values | ({"target": sum(targets) / len(targets)} if targets else {})
+
+
+def level(skill: Any, outcomes: Sequence[Outcome]) -> float:
+    """The one number of a skill, as the ledger will have it, without its interval; 0 where nothing has a score."""
+    if hasattr(skill, "of_set") and len(outcomes) > 1:
+        return float(skill.of_set(outcomes)(np.arange(len(outcomes))))
+    scores = [o.score for o in outcomes if o.score is not None]
+    return sum(scores) / max(len(scores), 1)
 
 
 def _result(skill: Any, outcomes: tuple[Outcome, ...]) -> SkillResult:

@@ -23,7 +23,7 @@ from temperament.engine.record import SCRATCH
 from temperament.errors import UserError, nearest
 from temperament.nn import draws
 from temperament.run import recipe as schema
-from temperament.run.artefacts import Folder, address, file_sha, made_of, walk_all
+from temperament.run.artefacts import Folder, address, file_sha, made_of, prints, walk_all
 from temperament.run.memory import watch as peak_memory
 from temperament.run.recipe import unrolled
 from temperament.run.skills import Book, Skills, Tell, taught_by
@@ -56,14 +56,14 @@ class Steps:
         self.recipe, self.base, self.skills, self.folder, self.world, self.tell = recipe, base, skills, folder, world, tell
         self.after = after  # each step
         self.states = {"base": State(address("base", base.sha256, base.reading))}
-        self.latest: dict[str, str] = {}  # a step's name inside its rounds -> the whole name of the last one done
+        self.latest: dict[str, str] = {}  # a step's name inside its rounds or foreach -> the whole name of the last one done
         self.book = Book(tell)
         self.done: list[dict[str, Any]] = []  # an entry for run.json of each
         self.cost = {"seconds": 0.0, "peak_bytes": 0, "tokens": 0}
 
     def do(self, step: schema.Step, state: State, round: int = 0) -> State:
         """One step, or what it consists of: from where it starts to the state it leaves."""
-        start = state if step.start == "previous" else self.state_of(step)
+        start = state if step.start == "previous" else replace(self.state_of(step), data=state.data)  # rows stay readable
         if step.when and not self.book.holds(step.when):
             self.tell("skip", name=step.name)
         elif step.rounds:
@@ -71,6 +71,7 @@ class Steps:
         elif step.foreach:
             for inner in unrolled(step):
                 start = self.do(inner, start, round)
+                self.latest[inner.name.removeprefix(f"{step.name}.").partition(".")[2]] = inner.name
         else:
             start = self.one(step, start, round)
         self.states[step.name] = start
@@ -226,8 +227,9 @@ class Steps:
     # -- what a step can name ----------------------------------------------------------------------------------------------
 
     def scope(self, name: str) -> dict[str, State]:
-        """The steps a step can name: all before it, and what rounds have done, without their number: the last one."""
-        return self.states | {short: self.states[whole] for short, whole in self.latest.items()}
+        """The steps a step can name: all before it, and what rounds and foreach have done, without their number: the last
+        one."""
+        return {short: self.states[whole] for short, whole in self.latest.items()} | self.states
 
     def state_of(self, step: schema.Step) -> State:
         """The state of the step that `start` names."""
@@ -256,7 +258,7 @@ class Steps:
         keys = [known[n].key for n in read] + [s.key for s in self.states.values() if s.data]
         around = [self.recipe.inference, self.recipe.aides]  # its parts are told of both
         if step.build:
-            return [keys, parts.plain(around)]
+            return [keys, parts.plain(around), *prints(around)]
         if step.train:
             best = spec.keep == "best"
             looked = self.skills.key("look") if spec.stop or best else ""

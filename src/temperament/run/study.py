@@ -17,8 +17,9 @@ from temperament.errors import Interrupted, UserError
 from temperament.run.artefacts import Folder, address
 from temperament.run.recipe import Recipe
 from temperament.run.skills import skills_of
-from temperament.run.tune import environment, tune
+from temperament.run.tune import base_of, environment, tune
 from temperament.train.checkpoint import write_atomic
+from temperament.train.world import World
 
 
 def carry_out(
@@ -26,13 +27,11 @@ def carry_out(
 ) -> dict[str, Any]:
     """Run what the study plans, each in a folder named by its address; finished runs are taken as they are. Returns the
     finding."""
-    from temperament.bases.load import load
-
-    out = Path(out)
+    out, world = Path(out), World(recipe.precision.compute, device=recipe.device)
     if out.exists() and any(out.iterdir()) and not (out / "runs").is_dir():
         raise UserError("--out", str(out), "the folder holds other files; name a new one")
     recipe = replace(recipe, study=study)
-    base, done, left, folders = load(recipe.base, dtype=recipe.precision.master, own=True), {}, {}, {}
+    base, done, left, folders = base_of(recipe, world), {}, {}, {}
     for number, (where, planned) in enumerate(study.plan(recipe, done)):
         name = (
             re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(str(w) for w in where if w is not None))
@@ -74,12 +73,14 @@ def carry_out(
     chosen = study.chosen(finding, done) if hasattr(study, "chosen") else None
     if chosen is not None:
         json["ledger"], json["chosen"] = left[chosen]["ledger"], "/".join(str(w) for w in chosen if w is not None)
-        shutil.copyfile(folders[chosen] / "items.json", out / "items.json")
+        if world.main:
+            shutil.copyfile(folders[chosen] / "items.json", out / "items.json")
         if recipe.evaluation.dial:
             tell("phase", name="dial", text=f"sweeping the strength of {json['chosen']}")
             json["dial"] = dial_of(recipe, base, folders[chosen], tell)
-    write_atomic(out / "recipe.yaml", recipe.yaml())
-    write_atomic(out / "run.json", dumps(json, indent=1, default=str))
+    if world.main:
+        write_atomic(out / "recipe.yaml", recipe.yaml())
+        write_atomic(out / "run.json", dumps(json, indent=1, default=str))
     tell("end", json=json)
     return json
 

@@ -63,6 +63,15 @@ def build_players(spec: Train, ctx: Context, prepare: bool = True) -> list[Playe
     """The main player `policy`, then the further ones in their order. prepare: let parts look at the data first."""
     must_be_whole(spec, ctx.world.size)
     company: list[Live] = []
+    try:
+        return _players(spec, ctx, prepare, company)
+    except BaseException:
+        for live in company:  # a later one was refused: nothing stays on the modules
+            live.close()
+        raise
+
+
+def _players(spec: Train, ctx: Context, prepare: bool, company: list[Live]) -> list[Player]:
     seen = _seen(spec, ctx) if prepare else {}  # while nothing is attached yet
     live = Live(ctx.base, _built(spec.trainable, "trainable", spec, ctx, prepare), company)
     if not live.params:
@@ -215,7 +224,7 @@ def run_train(
 
 
 @contextlib.contextmanager
-def in_training(spec: Train, ctx: Context):
+def in_training(spec: Train, ctx: Context, prepare: bool = True) -> Iterator[list[Player]]:
     """The players, on modules in the mode they train in; afterwards, however it ended, no piece hangs on them."""
     players: list[Player] = []
     try:
@@ -223,7 +232,7 @@ def in_training(spec: Train, ctx: Context):
             if spec.checkpointing:
                 checkpointing(component)
             quiet_training(component)
-        players += build_players(spec, ctx)
+        players += build_players(spec, ctx, prepare)
         yield players
     finally:
         for player in players:
@@ -273,7 +282,7 @@ def _trained(
 
     def looked(done: int, items: int, skill: str | None) -> dict[str, float]:
         nonlocal best
-        values = look(live, items)
+        values = ctx.world.same(look(live, items))  # what is decided by them, every process decides alike
         append({"step": done, "skills": values})
         tell("look", name=name, step=done, skills=values)
         if spec.keep == "best" and skill and (best is None or not better(skill, best[0], values[skill])):

@@ -87,6 +87,14 @@ def tune(
         return _Tuning(recipe, folder, world, base, tell).run()
 
 
+def base_of(recipe: schema.Recipe, world: World) -> Base:
+    """The base that a recipe names, where its rows will be: of several GPUs each process has its own. A device this machine
+    lacks is refused in a sentence."""
+    device = world.device if recipe.device in ("auto", world.device.type) else recipe.device
+    how = {"dtype": recipe.precision.master, "device": device, "trust_remote_code": recipe.trust_remote_code}
+    return load(recipe.base, own=True, **how)
+
+
 def _opened(folder: Folder, world: World, resume: bool, fresh: bool) -> dict[str, Any]:
     """The main process opens the folder and the others hear what came of it: looking for themselves they would find what it has
     just written."""
@@ -134,7 +142,10 @@ class _Tuning:
             self.close("failed", str(problem))
             raise
         except Exception as problem:
-            self.close("failed", repr(problem))
+            said = memory_ended(problem)
+            self.close("failed", said or repr(problem))
+            if said:
+                raise WorkFailed(said) from problem
             raise
         finally:
             if self.base is not None:
@@ -160,9 +171,7 @@ class _Tuning:
         recipe = self.recipe
         if self.base is None:
             self.tell("phase", name="load", text=recipe.base)
-            device = self.world.device if recipe.device == "auto" else recipe.device
-            how = {"dtype": recipe.precision.master, "device": device, "trust_remote_code": recipe.trust_remote_code}
-            self.base = load(recipe.base, own=True, **how)
+            self.base = base_of(recipe, self.world)
         _ = self.base.reading  # before anything sets the modules otherwise
         self.json["base"] = {"id": recipe.base, "sha256": dict(self.base.sha256)}
         self.json["exceptions"] = exceptions(recipe)
@@ -217,6 +226,15 @@ class _Tuning:
         run = Run(self.folder.path, self.recipe, self.base, state, ledger, json)
         self.tell("end", run=run)
         return run
+
+
+def memory_ended(problem: BaseException) -> str:
+    """What to do where the machine had no more memory to give, or "" where something else went wrong."""
+    full = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+    if not full and "can't allocate memory" not in str(problem):
+        return ""
+    mend = "micro: 1 or checkpointing: true in the train step, or a smaller evaluation.batch: none changes a result"
+    return f"The memory of this machine is full; set {mend}; then resume with --resume. `temper plan` says what a recipe takes."
 
 
 def ledger_json(steps: Steps) -> dict[str, Any] | None:

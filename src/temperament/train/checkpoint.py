@@ -40,7 +40,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int = 2) -> Path:
-    """Write checkpoint `step` under `folder`; drop all but the newest `keep`. tensors: file name -> tensors."""
+    """Write checkpoint `step` under `folder`; drop all but the newest `keep`, and those of later steps: they were passed over
+    (damaged, or left by another recipe), and as the newest they would hide this one. tensors: file name -> tensors."""
     target = folder / f"step-{step:06d}"
     part = folder / f".step-{step:06d}.{os.getpid()}.part"
     try:
@@ -65,7 +66,9 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         reason = getattr(problem, "strerror", None) or str(problem)
         mend = "the one before it is whole: free space, then resume with --resume."
         raise WorkFailed(f"checkpoint {target} could not be written ({reason}); {mend}") from None
-    for old in [p for p in newest_last(folder) if p != target][: -(max(keep, 1) - 1) or None]:
+    known = newest_last(folder)
+    at = known.index(target)
+    for old in [*known[at + 1 :], *known[: max(at + 1 - max(keep, 1), 0)]]:
         shutil.rmtree(old, ignore_errors=True)
     for old in folder.glob(".step-*.part"):
         shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
@@ -23,6 +23,11 @@ from torch import Tensor
 from temperament.errors import UserError, nearest
 
 COMPUTE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def speaks() -> bool:
+    """Is this the process that writes and tells, of those there are?"""
+    return PartialState().is_main_process
 
 
 class World:
