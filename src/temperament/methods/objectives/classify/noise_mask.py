@@ -41,7 +41,7 @@ class NoiseMask:
     def __post_init__(self):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError("kernel must be odd and at least 1")
-        if self.sigma < 0 or self.grid < 1:
+        if (isinstance(self.sigma, (int, float)) and self.sigma < 0) or self.grid < 1:
             raise ValueError("sigma must not be negative, grid at least 1")
         if self.mode == "official" and self.masker is None:
             raise ValueError("mode is official, which needs a masker")

@@ -30,7 +30,8 @@ class Denoise:
     batch: ClassVar = ("Images",)
 
     def __post_init__(self):
-        if self.prior < 0 or not 0 <= self.unsaid <= 1 or (self.min_snr is not None and self.min_snr <= 0):
+        prior, unsaid, min_snr = (v if isinstance(v, (int, float)) else 1.0 for v in (self.prior, self.unsaid, self.min_snr))
+        if prior < 0 or not 0 <= unsaid <= 1 or min_snr <= 0:  # (a schedule is looked at when it is a number)
             raise ValueError("prior is not negative, unsaid a share from 0 to 1, min_snr above 0")
 
     def counts(self, whole: Images) -> dict[str, float]:
