@@ -11,7 +11,7 @@ from temperament.protocols import Progress
 class WarmupStableDecay:
     """Warm-up, a plateau, and a linear decay over the last share of training.
 
-    v = peak * min(1, (step + 1) / warmup) * min(1, (1 - s) / decay)      s = share of training done; at the end v = end
+    v = min(1, (step + 1) / warmup) * (end + (peak - end) * min(1, (1 - s) / decay))          s = share of training done
     Source: Hu et al. 2024 (MiniCPM), the warmup-stable-decay schedule.
     """
 
