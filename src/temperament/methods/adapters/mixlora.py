@@ -136,6 +136,8 @@ class MixLoRA:
     def __post_init__(self):
         if not 1 <= self.k <= self.experts or self.rank < 1:
             raise ValueError("k lies between 1 and experts, rank is at least 1")
+        if (self.alpha is not None and self.alpha <= 0) or min(self.balance, self.std) < 0:
+            raise ValueError("alpha is above 0; balance and std are not negative")
 
     @property
     def scale(self) -> float:

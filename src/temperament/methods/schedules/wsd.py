@@ -20,6 +20,10 @@ class WarmupStableDecay:
     warmup: int = 0  # steps of linear warm-up from 0
     decay: float = 0.2  # share of training, at its end, over which the value falls
 
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise ValueError("warmup must not be negative")
+
     def __call__(self, progress: Progress) -> float:
         warm = min(1.0, (progress.step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (1 - progress.share) / self.decay) if self.decay else 1.0

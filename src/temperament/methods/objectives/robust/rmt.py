@@ -45,7 +45,8 @@ class RMT:
     def __post_init__(self):
         if isinstance(self.temperature, float) and self.temperature <= 0:
             raise ValueError("temperature must be above 0")
-        if min((w for w in (self.self_training, self.replay, self.reverse, self.look) if isinstance(w, float)), default=0) < 0:
+        weights = (self.self_training, self.contrast, self.replay, self.reverse, self.look)
+        if min((w for w in weights if isinstance(w, (int, float))), default=0) < 0:
             raise ValueError("weights must not be negative")
 
     @property
