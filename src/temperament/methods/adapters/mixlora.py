@@ -146,6 +146,10 @@ class MixLoRA:
     def build(self, base: Any, ctx: Any) -> Trained:
         trained = Trained()
         for name, places in mlps(base).items():
+            hung = module_of(base, name).__dict__.get("_pieces", ())
+            if any(isinstance(piece, Mixture) and switch.on for piece, switch in hung):
+                mend = "an earlier step made it a mixture, which a second one would leave out; give this step `start: base`"
+                raise UserError("adapters.mixlora", name, mend)
             mixture = self.mixture(base, name, places, self.initial(name, places, ctx.seed))
             trained.around[f"{name}:mixlora"] = (module_of(base, name), mixture)
             depth = base.places.depth_of(places["down"].name)
