@@ -63,6 +63,20 @@ def test_a_part_fills_the_slots_of_its_room_and_no_other(name, options):
     assert taken, "no slot takes it"
 
 
+@pytest.mark.parametrize("name, options", ALL)
+def test_a_number_that_is_read_anew_may_be_a_schedule(name, options):
+    """What a part checks of its numbers waits until they are numbers."""
+    made = parts.build({name: options} if options else name)
+    mine = lambda s: any(name.startswith(room + ".") for room in s.rooms) and all(hasattr(type(made), m) for m in s.must)
+    slots = [s for s in vars(protocols).values() if parts.is_slot(s) and mine(s)]
+    known = getattr(type(made), "scheduled", any(getattr(s, "scheduled", False) is True for s in slots))
+    for key, (_, hint) in parts._named_hints(type(made)).items():
+        value = getattr(made, key)
+        if hint in (float, float | None) and value is not None and (known is True or (known and key in known)):
+            moving = parts.build({name: {**options, key: {"schedules.constant": {"value": value}}}}, slots[0])
+            assert parts.at(moving, Progress(3, 9)) == made, key
+
+
 # ---- schedules -------------------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,13 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[:, top : top + size[0], left : left + size[1]].clamp(0, 1)
 
 
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(rows, 3, H, W) of this size, with their gradient; none is cut off."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+
+
 def size_of(base: Any) -> tuple[int, int]:
     """(H, W) of the pictures a base takes or makes. Raises UserError where it takes none."""
     scale = 1

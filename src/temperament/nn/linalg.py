@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,16 @@ def largest(scores: Tensor, k: int) -> Tensor:
     above = (flat > edge).nonzero().squeeze(1)
     tied = (flat == edge).nonzero().squeeze(1)[: k - len(above)]
     return torch.cat([above, tied]).sort().values
+
+
+def largest_of_all(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The same over several tensors together: flat positions in each, of tensors in the order of their names."""
+    names = sorted(scores)
+    flat = torch.cat([scores[n].reshape(-1).float() for n in names])
+    chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    chosen[largest(flat, k)] = True
+    pieces = chosen.split([scores[n].numel() for n in names])
+    return {n: piece.nonzero()[:, 0] for n, piece in zip(names, pieces, strict=True)}
 
 
 class IncrementalPCA:

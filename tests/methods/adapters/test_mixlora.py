@@ -7,6 +7,7 @@ import torch
 
 from temperament.bases.load import load
 from temperament.delta import Delta
+from temperament.errors import UserError
 from temperament.methods.adapters.lora import LoRA
 from temperament.methods.adapters.mixlora import Balance, MixLoRA
 from temperament.methods.objectives.preference.dpo import DPO
@@ -157,3 +158,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     whole, broken = carried_out(plan, tmp_path / "a"), killed(plan, tmp_path / "b", after=2)
     assert whole.delta.digest == broken.delta.digest
     assert torch.equal(load(tmp_path / "a").model(**IDS).logits, whole.model(**IDS).logits)
+
+
+def test_a_second_mixture_on_one_mlp_is_refused():
+    """It would run the MLP's own maps and so leave the first one out."""
+    base = tiny()
+    live, _ = attached(base)
+    delta = live.delta()
+    live.close()
+    base.apply(delta)
+    with pytest.raises(UserError, match="start: base"):
+        MixLoRA(experts=2).build(base, context(base))
+    base.reset()
+    assert MixLoRA(experts=2).build(base, context(base)).around

@@ -64,6 +64,7 @@ def test_every_target_satisfies_the_judge_or_was_given(base):
 
 def test_matching():
     ask = lambda by, output, answer: Match(by).ask([{"output": output, "answer": answer}])[0]
+    assert ask("number", "so it is 1,000.0", "1000") and not ask("number", "100", "1000") and not ask("number", "", "none")
     assert ask("text", " a  b", "a b") and not ask("text", "a b c", "a b") and ask("contains", "x a b c", "a b")
     assert ask("number", "1+2=3", "so 3") and not ask("number", "3 or 4", "3") and not ask("number", "none", "none")
     assert not ask("contains", "anything", "")

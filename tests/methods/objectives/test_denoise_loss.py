@@ -1,11 +1,14 @@
 """A generator's loss against its formula, and whatever way its rows are split."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from temperament import parts
 from temperament.bases import train_diffusion as lab
 from temperament.engine.denoise import Denoiser, covered
+from temperament.engine.noise import Diffusion
 from temperament.nn.batch import Images
 from temperament.protocols import Progress
 from temperament.run.training import quiet_training
@@ -83,3 +86,19 @@ def test_it_is_the_formula(base):
     torch.testing.assert_close(got["mse"].value, want[~whole.prior].sum(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["prior"].value, want[whole.prior].sum(), rtol=1e-4, atol=1e-5)
     assert got["prior"].count == 2
+
+
+def test_min_snr_is_one_weight_on_the_error_of_the_picture_whatever_the_network_says():
+    """Of a variance preserving process: min(snr, gamma) |x^ - x|^2."""
+    g = torch.Generator().manual_seed(fresh())
+    x, n, out = (torch.randn(6, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    t = torch.tensor([1.0, 30.0, 200.0, 500.0, 800.0, 990.0])
+    objective = parts.build({"objectives.diffusion.denoise": {"min_snr": 5.0}})
+    for says in ("epsilon", "v_prediction", "sample"):
+        process = Diffusion(tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()), says)
+        a, s = (v.double() for v in process.scales(t))
+        x_t = a.view(-1, 1, 1, 1) * x + s.view(-1, 1, 1, 1) * n
+        error = (out - process.target(x, n, t)).square().flatten(1).mean(1)
+        picture = (process.clean(out, x_t, t) - x).square().flatten(1).mean(1)
+        got = error * objective._weight(SimpleNamespace(process=process), t)
+        torch.testing.assert_close(got, (a / s).square().clamp(max=5.0) * picture, rtol=1e-4, atol=1e-8)

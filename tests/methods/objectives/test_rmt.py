@@ -2,6 +2,7 @@
 that says what it sees before it learns from it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from temperament.bases.load import Base
 from temperament.engine import record, see
 from temperament.engine.augment import looked
 from temperament.engine.measure import System
+from temperament.engine.pictures import size_of
 from temperament.errors import UserError
 from temperament.methods.objectives.robust.rmt import contrast, symmetric
 from temperament.protocols import Progress
@@ -132,6 +134,20 @@ def test_what_it_lacks_is_said():
     it.heads["projection"].prototypes = None
     with pytest.raises(UserError, match=r"data\.sprites"):
         gradients(it, parts.build("objectives.robust.rmt"), rows, 3)
+
+
+def test_a_prototype_is_the_mean_of_its_class_each_picture_once():
+    """Five pictures in batches of four: the second one goes on with pictures of the next epoch."""
+    base, shown = seeing(), {"data.sprites": {"rows": 5, "label": "colour"}}
+    part, ctx = parts.build({"adapters.projection_head": {"prototypes": shown}}), replace(context(base), batch=4)
+    got = part.prepare(base, ctx, None)["prototypes"]
+    with torch.no_grad():
+        pictures = part.prototypes._pictures("train", 5)
+        pixels = torch.stack([p.pixels(size_of(base)) for p in pictures])
+        h = see.features(base.model, base, pixels)
+    labels = torch.tensor([p.label for p in pictures])
+    want = torch.stack([h[labels == k].mean(0) for k in labels.unique()])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_entropy_by_its_formula():

@@ -7,7 +7,7 @@ import torch
 from temperament.methods.objectives.policy.grpo import GRPO
 from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
 from temperament.methods.optim.adamw import AdamW
-from temperament.methods.rollout.relift import hard
+from temperament.methods.rollout.relift import ReLIFT, Stream, hard
 from temperament.methods.select.full import Full
 from temperament.nn.batch import Rollout
 from temperament.nn.logprobs import label, score
@@ -26,6 +26,16 @@ def test_hard_is_what_failed_every_time_in_a_proper_format():
     group = torch.tensor([g for g in table for _ in range(2)])
     rows = tokens(len(rewards), SEED)
     assert hard(Rollout(rows, torch.zeros_like(rows.weights), rewards, group), 0.0) == [5, 4]
+
+
+def test_a_question_that_came_twice_in_a_step_is_one():
+    """Its second group has a number beyond the questions."""
+    rows = tokens(6, SEED)
+    group, failed = torch.tensor([1, 1, 4, 4, 0, 0]), torch.zeros(6)  # of three questions: 1, 1 again, 0
+    stream = object.__new__(Stream)
+    stream.spec, stream.buffer, stream.shown, stream.answers = ReLIFT("", "", due=9), [], 0, [None] * 3
+    stream.inner = type("Inner", (), {"batch": lambda *a: Rollout(rows, torch.zeros_like(rows.weights), failed, group)})()
+    assert len(stream.batch(0)) == 1 and stream.buffer == [0, 1]
 
 
 def make(lr: float):

@@ -18,7 +18,7 @@ from temperament.engine.turns import INSTRUCTION, Again
 from temperament.errors import UserError
 from temperament.methods.data.corrections import Corrections
 from temperament.methods.data.lab import LabData
-from temperament.methods.decode.second_turn import SecondTurn
+from temperament.methods.decode.second_turn import APART, SecondTurn
 from temperament.methods.rewards.lab import LabOracle
 from temperament.methods.rollout.two_turn import TwoTurn
 from temperament.methods.select.full import Full
@@ -110,7 +110,7 @@ def test_decoding_is_the_same_second_turn(base):
         models, how = {"model": base.model}, {"seed": 3, "batch": 3}
         first = generate(models, prompts, sampling, **how)
         then = [again.prompt(x, y, end_tokens(base.model)) for x, y in zip(prompts, first.ids, strict=True)]
-        second = generate(models, then, sampling, examples=[7 + i for i in range(7)], **how)
+        second = generate(models, then, sampling, examples=[APART + i for i in range(7)], **how)
         got = part.loop(models, prompts, sampling, hooks=part.hooks(base), **how)
         assert got.ids == second.ids and got.tokens == first.tokens + second.tokens
 

@@ -122,6 +122,8 @@ class LoRA:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout lies in [0, 1)")
+        if (self.alpha is not None and self.alpha <= 0) or self.lr_factor_B <= 0:
+            raise ValueError("alpha and lr_factor_B must be above 0: nothing would be learnt")
 
     @property
     def scale(self) -> float:

@@ -136,6 +136,8 @@ class MixLoRA:
     def __post_init__(self):
         if not 1 <= self.k <= self.experts or self.rank < 1:
             raise ValueError("k lies between 1 and experts, rank is at least 1")
+        if (self.alpha is not None and self.alpha <= 0) or min(self.balance, self.std) < 0:
+            raise ValueError("alpha is above 0; balance and std are not negative")
 
     @property
     def scale(self) -> float:
@@ -144,6 +146,10 @@ class MixLoRA:
     def build(self, base: Any, ctx: Any) -> Trained:
         trained = Trained()
         for name, places in mlps(base).items():
+            hung = module_of(base, name).__dict__.get("_pieces", ())
+            if any(isinstance(piece, Mixture) and switch.on for piece, switch in hung):
+                mend = "an earlier step made it a mixture, which a second one would leave out; give this step `start: base`"
+                raise UserError("adapters.mixlora", name, mend)
             mixture = self.mixture(base, name, places, self.initial(name, places, ctx.seed))
             trained.around[f"{name}:mixlora"] = (module_of(base, name), mixture)
             depth = base.places.depth_of(places["down"].name)

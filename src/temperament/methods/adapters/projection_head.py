@@ -64,6 +64,8 @@ class ProjectionHead:
         sums = torch.zeros(len(self.prototypes.classes(base)), see.width(base) + 1, dtype=torch.float64)
         for step in range(total):
             rows = stream.batch(step, Progress(step, total))
+            # (an epoch's last batch is filled with the next one's first pictures)
+            rows = rows.select(((rows.labels >= 0) & (rows.examples < len(stream.pictures))).nonzero()[:, 0])
             h = see.features(base.model, base, rows.pixels.to(device)).double().cpu()
             sums.index_add_(0, rows.labels, torch.cat([h, torch.ones(len(h), 1)], 1))
         seen = sums[sums[:, -1] > 0]

@@ -25,6 +25,10 @@ class ValueHead:
     name: str = "value"  # how objectives ask for it
     hidden: int = 0  # units of each of two hidden layers; 0: none
 
+    def __post_init__(self):
+        if self.hidden < 0:
+            raise ValueError("hidden must not be negative")
+
     def build(self, base: Any, ctx: Any) -> Trained:
         inside, device = width(base.model), forward.device_of(base.model)
         last = nn.Linear(self.hidden or inside, 1)

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temperament.bases.load import load
-from temperament.engine.pictures import size_of
+from temperament.bases.frozen import frozen
+from temperament.engine.pictures import resized, size_of
 from temperament.parts import part
 
 
@@ -31,16 +30,6 @@ class Encoder:
         """(rows, 3, H, W) in 0..1 -> (rows, width), of length 1."""
         from temperament.engine.see import features
 
-        base = _loaded(self.model)
-        size = size_of(base)
-        if tuple(requests.shape[-2:]) != size:
-            requests = F.interpolate(requests, size, mode="bilinear", antialias=True)
+        base = frozen(self.model, str(requests.device), "aides.encoder.model")
+        requests = resized(requests, size_of(base))
         return F.normalize(torch.cat([features(base.model, base, some) for some in requests.split(self.batch)]), dim=1)
-
-
-@lru_cache(maxsize=2)
-def _loaded(spec: str) -> Any:
-    base = load(spec, field="aides.encoder.model")
-    for _, p in base.parameters():
-        p.requires_grad_(False)
-    return base

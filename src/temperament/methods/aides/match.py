@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from temperament.engine.numbers import last_number
 from temperament.parts import part
-
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @part("aides.match", modalities=("text",))
@@ -15,8 +13,8 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 class Match:
     """A judge that compares an output with the expected answer: equal, the answer within it, or the same last number.
 
-    Asked {"prompt", "answer", "output"}, it says whether the output is as good as the answer. White space apart; parses, never
-    evaluates.
+    Asked {"prompt", "answer", "output"}, it says whether the output is as good as the answer. White space apart. By number
+    1,000 is 1000.0; it parses, never evaluates.
     """
 
     role: ClassVar = "judge"
@@ -28,6 +26,5 @@ class Match:
     def _same(self, output: str, answer: str) -> bool:
         said, want = " ".join(output.split()), " ".join(answer.split())
         if self.by == "number":
-            last = lambda text: (NUMBER.findall(text) or [None])[-1]
-            return last(want) is not None and last(said) == last(want)
+            return (number := last_number(want)) is not None and last_number(said) == number
         return bool(want) and (want in said if self.by == "contains" else said == want)

@@ -31,6 +31,10 @@ class BestOfK:
     def __post_init__(self):
         if self.k < 1:
             raise ValueError("k must be at least 1")
+        if self.weights and len(self.weights) != len(self.rewards):
+            raise ValueError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}")
+        if self.k > 1 and self.temperature <= 0:
+            raise ValueError("temperature must be above 0: greedy responses are all alike")
 
     def make(self, ctx: Any) -> Iterator[Mapping[str, Any]]:
         prompts = read_prompts(self.prompts.examples(ctx), ctx)

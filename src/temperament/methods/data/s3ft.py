@@ -35,6 +35,12 @@ class S3FT:
     paraphrase: str | None = None  # prompt for a rewriting, with {prompt} and {answer}; null: none is asked for
     max_new: int = 64  # tokens an own answer may have
 
+    def __post_init__(self):
+        if self.retries < 0:
+            raise ValueError("retries must not be negative")
+        if self.retries and self.temperature <= 0:
+            raise ValueError("temperature must be above 0: greedy answers are all alike")
+
     def make(self, ctx: Any) -> Iterator[Mapping[str, Any]]:
         if self.judge not in ctx.aides:
             raise UserError(

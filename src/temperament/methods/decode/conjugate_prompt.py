@@ -38,9 +38,9 @@ class ConjugatePrompt:
             if len(pair) != 2:
                 raise ValueError(f"rewrite takes pairs of a pattern and a phrasing, not {pair!r}")
             try:
-                re.compile(pair[0])
-            except re.error as problem:
-                raise ValueError(f"pattern {pair[0]!r} is no regular expression ({problem})") from None
+                re.sub(pair[0], pair[1], "")  # (reads the phrasing too)
+            except (re.error, IndexError) as problem:
+                raise ValueError(f"pattern and phrasing {pair!r} are no regular expression ({problem})") from None
 
     def hooks(self, base: Any) -> list[Any]:
         return []

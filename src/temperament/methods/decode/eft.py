@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 
-from temperament.bases.load import load
+from temperament.bases.frozen import frozen
 from temperament.engine.speculate import speculate
 from temperament.errors import UserError
 from temperament.parts import part
@@ -42,7 +42,7 @@ class EFT:
     def models(self, base: Any) -> dict[str, Any]:
         device = str(next(base.model.parameters()).device)
         named = {"tuned": self.tuned, "reference": self.reference, **({"also": self.also} if self.also else {})}
-        found = {name: _loaded(spec, device) for name, spec in named.items()}
+        found = {name: frozen(spec, device, "decode.eft") for name, spec in named.items()}
         for name, model in found.items():
             if model.model.config.get_text_config().vocab_size != base.model.config.get_text_config().vocab_size:
                 raise UserError(
@@ -76,8 +76,3 @@ class _Combined:
 
     def logits(self, state: Any) -> torch.Tensor:
         return self.part.combine(state.logits)
-
-
-@lru_cache(maxsize=8)
-def _loaded(spec: str, device: str) -> Any:
-    return load(spec, device=device, field="decode.eft")

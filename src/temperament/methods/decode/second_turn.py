@@ -8,6 +8,8 @@ from temperament.engine.tokens import Generated, Sampling, end_tokens, generate
 from temperament.engine.turns import INSTRUCTION, TEXT, Again
 from temperament.parts import part
 
+APART = 1 << 40  # between the addresses of an answer's draws and its second's: those of a row, whatever stands beside it
+
 
 @part("decode.second_turn", papers=["174"], modalities=("text",))
 @dataclass(frozen=True)
@@ -55,6 +57,6 @@ def twice(
     ends = end_tokens(next(iter(models.values())))
     then = [asks.again.prompt(x, y, ends) for x, y in zip(prompts, first.ids, strict=True)]
     # (at a temperature the second answers are other draws than the first)
-    second = generate(models, then, sampling, hooks=others, examples=[max(numbers, default=0) + 1 + e for e in numbers], **how)
+    second = generate(models, then, sampling, hooks=others, examples=[APART + e for e in numbers], **how)
     second.tokens += first.tokens
     return second

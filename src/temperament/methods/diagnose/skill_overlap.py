@@ -67,8 +67,4 @@ def region(delta: Delta, weights: dict[str, Tensor], share: float) -> Region:
     sparse = 2 * sum(int(m.count_nonzero()) for m in moved.values()) < sum(m.numel() for m in moved.values())
     if sparse:
         return Region({n: m.nonzero()[:, 0] for n, m in moved.items()})
-    flat = torch.cat(list(moved.values()))
-    kept = torch.zeros(len(flat), dtype=torch.bool)
-    kept[linalg.largest(flat, max(1, int(share * len(flat) + 0.5)))] = True
-    pieces = kept.split([m.numel() for m in moved.values()])
-    return Region({n: k.nonzero()[:, 0] for n, k in zip(moved, pieces, strict=True)})
+    return Region(linalg.largest_of_all(moved, max(1, int(share * sum(m.numel() for m in moved.values()) + 0.5))))

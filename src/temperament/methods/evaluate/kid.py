@@ -12,6 +12,7 @@ from temperament.engine.discrepancy import gram, weighted
 from temperament.engine.measure import System, content_key
 from temperament.engine.pictures import png, size_of
 from temperament.errors import UserError
+from temperament.methods.evaluate._painted import painted
 from temperament.parts import build, part, plain
 from temperament.protocols import Aide, Outcome, Source
 
@@ -36,9 +37,7 @@ class KidSkill:
         return replace(self, captions=self.captions[:n])
 
     def measure(self, system: System) -> list[Outcome]:
-        # Noise of its own for each row, other than that of the first rows of every other skill.
-        ids = torch.arange(len(self.captions)) + int(content_key(self.name)[:6], 16)
-        pixels = system.paint(list(self.captions), ids)
+        pixels = painted(self, system)
         with torch.no_grad():
             seen = self.aide.ask(pixels)
         return [

@@ -10,6 +10,7 @@ from temperament.bases.worlds import sprites
 from temperament.engine.measure import System, content_key
 from temperament.engine.pictures import png
 from temperament.errors import UserError
+from temperament.methods.evaluate._painted import painted
 from temperament.parts import part
 from temperament.protocols import Outcome
 
@@ -28,17 +29,18 @@ class RenderSkill:
     distance: str | None = None
     how: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def captions(self) -> list[str]:
+        return [s.caption() for s in self.scenes]
+
     def key(self) -> str:
-        return content_key("renders", self.name, self.wanted, [s.caption() for s in self.scenes])
+        return content_key("renders", self.name, self.wanted, self.captions)
 
     def some(self, n: int) -> RenderSkill:
         return replace(self, scenes=self.scenes[:n])
 
     def measure(self, system: System) -> list[Outcome]:
-        captions = [s.caption() for s in self.scenes]
-        # Noise of its own for each caption, not the same for the first of every skill.
-        ids = torch.arange(len(captions)) + int(content_key(self.name)[:6], 16)
-        pixels = system.paint(captions, ids)
+        pixels = painted(self, system)
         seen = sprites.recognise(pixels.numpy())
         return [self._outcome(i, *row) for i, row in enumerate(zip(self.scenes, pixels, seen, strict=True))]
 

@@ -62,6 +62,10 @@ class Rewarded:
     name: str = "reward"  # of the skill
     role: Literal["target", "retained"] = "target"  # what the ledger calls it
 
+    def __post_init__(self):
+        if not self.captions:
+            raise ValueError("captions must name at least one; an empty one asks for nothing in particular")
+
     def skills(self, ctx: Any) -> list[Any]:
         if "denoiser" not in ctx.base.components:
             raise UserError("evaluate.rewarded", ctx.base.id, "it makes no pictures; use a diffusion base, e.g. lab/unet")

@@ -31,13 +31,11 @@ def summed(x: Sequence[Tensor], w: Sequence[float], normalise: bool) -> Tensor:
     return out if total == 1 else out.div_(total)
 
 
-def elected(x: Sequence[Tensor], w: Sequence[float], normalise: bool, floor: float = 0.0) -> Tensor:
+def elected(x: Sequence[Tensor], w: Sequence[float], normalise: bool) -> Tensor:
     """Disjoint merge (TIES): of every entry only the models whose sign is that of sum_i x_i; x (weighted already) is
     overwritten.
 
-        s = sign(sum_i x_i), 0 as +;   sum_i x_i [sign x_i = s]  /  sum_i w_i [sign x_i = s]
-
-    floor: the divisor is at least this (SCE); with 0 an entry nobody votes for is 0.
+        s = sign(sum_i x_i), 0 as +;   sum_i x_i [sign x_i = s]  /  sum_i w_i [sign x_i = s];   0 where nobody votes
     """
     sign = x[0].clone()
     for v in x[1:]:
@@ -52,9 +50,7 @@ def elected(x: Sequence[Tensor], w: Sequence[float], normalise: bool, floor: flo
     for v in x[1:]:
         total.add_(v)
     if votes is not None:
-        if floor:
-            votes.clamp_min_(floor)
-        elif min(w) > 0:
+        if min(w) > 0:
             votes.clamp_min_(min(w))  # nobody votes: 0 / w
         else:
             votes[votes == 0] = 1

@@ -82,8 +82,9 @@ class Graft:
 
 def largest_entries(d: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """True for the share of all entries with the largest |d|."""
-    names = sorted(d)
-    flat = torch.cat([d[n].reshape(-1).abs().float() for n in names])
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[linalg.largest(flat, max(1, int(share * len(flat) + 0.5)))] = True
-    return {n: part.view(d[n].shape) for n, part in zip(names, chosen.split([d[n].numel() for n in names]), strict=True)}
+    k = max(1, int(share * sum(v.numel() for v in d.values()) + 0.5))
+    found = linalg.largest_of_all({n: v.abs() for n, v in d.items()}, k)
+    chosen = {n: torch.zeros(v.shape, dtype=torch.bool, device=v.device) for n, v in d.items()}
+    for name, at in found.items():
+        chosen[name].view(-1)[at] = True
+    return chosen

@@ -61,9 +61,9 @@ class LiNeS(Blockwise):
         return shaped
 
     def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta:
-        merged = deltas[0] if len(deltas) == 1 and self.of is None else self.inner.merge(base, deltas)
         if self.space != "difference":
             return in_memory(self, base, deltas)
+        merged = deltas[0] if len(deltas) == 1 and self.of is None else self.inner.merge(base, deltas)
         return self.shaped(merged, self.alpha, self.rise, depth_in(base, merged.names))
 
     def scale_delta(self, delta: Delta, strength: float, places: Any = None) -> Delta:

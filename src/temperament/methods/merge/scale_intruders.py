@@ -18,8 +18,9 @@ class ScaleIntruders(Blockwise):
         W' = W + (factor - 1) * sum_{intruders} s_j u_j v_j^T
 
     factor 1 is the tuned model, 0 removes them, 0.7-0.9 trades. Needs whole matrices and two SVDs of each. Tensors that are
-    no matrices keep their change. Source: Shuttleworth et al. 2024, LoRA vs Full Fine-tuning (paper 018); found by
-    diagnose.intruder_dimensions.
+    no matrices keep their change. Matrices are read as they are stored: of GPT-2's Conv1D, (in, out), u are directions of the
+    input, where diagnose.intruder_dimensions looks at those of the output. Source: Shuttleworth et al. 2024, LoRA vs Full
+    Fine-tuning (paper 018).
     """
 
     grain = "tensor"

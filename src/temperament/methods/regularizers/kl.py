@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from temperament.errors import UserError
 from temperament.nn.batch import Batch, Tokens
 from temperament.nn.logprobs import kl, score
 from temperament.parts import part
@@ -30,7 +31,10 @@ class KL:
         return (self.version,)
 
     def counts(self, whole: Batch) -> dict[str, float]:
-        return {"kl": sum(t.trained for t in _tokens(whole))}
+        if not (found := _tokens(whole)):
+            mend = "it compares what is said of words; use a source of text, or a regularizer of the batch's own kind"
+            raise UserError("regularizers.kl", type(whole).__name__, mend)
+        return {"kl": sum(t.trained for t in found)}
 
     def loss(self, micro: Batch, views) -> Terms:
         total, count = 0.0, 0.0

@@ -26,7 +26,7 @@ class Compressibility:
     step: float = 0.05  # of the quantiser, in pixels of 0..1: what is smaller costs little
 
     def __post_init__(self):
-        if self.step <= 0:
+        if isinstance(self.step, (int, float)) and self.step <= 0:
             raise ValueError("step must be above 0")
 
     def value(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:

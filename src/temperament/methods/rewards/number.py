@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from temperament.engine.numbers import last_number
 from temperament.errors import UserError
 from temperament.parts import part
-
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @part("rewards.number", papers=["213"], modalities=("text",))
@@ -33,8 +31,3 @@ class Number:
         want = last_number(str(row[self.column]))
         said = [last_number(o) for o in outputs]
         return [None if want is None else 1.0 if s == want else 0.0 if s is None else self.partial for s in said]
-
-
-def last_number(text: str) -> float | None:
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found and len(found[-1]) < 40 else None

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from temperament.bases.load import load
+from temperament.bases.frozen import frozen
+from temperament.engine.pictures import resized, size_of
 from temperament.parts import part
 
 
@@ -27,24 +25,6 @@ class Similarity:
     def value(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
         from temperament.engine.see import image_features, text_features
 
-        base = _loaded(self.encoder, str(pixels.device))
-        found = image_features(base.model, base, sized(base, pixels))
+        base = frozen(self.encoder, str(pixels.device), "rewards.similarity.encoder")
+        found = image_features(base.model, base, resized(pixels, size_of(base)))
         return (found * text_features(base.model, base, captions).to(found)).sum(1)
-
-
-def sized(base: Any, pixels: Tensor) -> Tensor:
-    """Pixels of any size as the encoder takes them."""
-    from temperament.engine.pictures import size_of
-
-    size = size_of(base)
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    return F.interpolate(pixels, size, mode="bilinear", antialias=True)
-
-
-@lru_cache(maxsize=4)
-def _loaded(spec: str, device: str) -> Any:
-    base = load(spec, device=device, field="rewards.similarity.encoder")
-    for _, p in base.parameters():
-        p.requires_grad_(False)
-    return base

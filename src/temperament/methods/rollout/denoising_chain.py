@@ -52,6 +52,8 @@ class DenoisingChain:
             raise ValueError("name at least one reward, and as many weights as rewards or none")
         if min(self.group, self.steps, self.least) < 1 or self.memory < self.least:
             raise ValueError("group, steps and least are at least 1, memory no less than least")
+        if self.limit <= 0 or self.eta < 0:
+            raise ValueError("limit is above 0, eta not negative")
 
     def open(self, ctx: Any) -> Stream:
         if ctx.batch % self.group:

@@ -29,6 +29,10 @@ class Episodes:
 
     yields: ClassVar = ("Rollout",)
 
+    def __post_init__(self):
+        if self.group < 1:
+            raise ValueError("group must be at least 1")
+
     def open(self, ctx: Any) -> Stream:
         if ctx.batch % self.group:
             raise UserError(

@@ -21,10 +21,9 @@ class ReLIFT:
         the buffer holds `due` questions  ->  the first `due` leave it; their demonstrations are a second batch of this step
 
     The rollout trains the main player; the demonstrations (a batch of `Tokens`) train a player that shares its weights and has
-    an optimizer
-    of its own: moments, rate, clipping. So the share of supervision follows what is still unsolved. The buffer is state: a run
-    that was killed goes on with it. due larger than all questions is reinforcement alone. Source: Ma et al. 2025 (paper 217):
-    128 due, reward 1, 0, -1.
+    an optimizer of its own: moments, rate, clipping. So the share of supervision follows what is still unsolved. The buffer is
+    state: a run that was killed goes on with it. due larger than all questions is reinforcement alone. Source: Ma et al. 2025
+    (paper 217): 128 due, reward 1, 0, -1.
     """
 
     rollout: Source  # what is sampled and scored: {rollout.sample: ...}
@@ -69,7 +68,9 @@ class Stream:
 
     def batch(self, step: int, progress: Any = None) -> Batch | list[Batch]:
         rollout = self.inner.batch(step, progress)
-        self.buffer = [p for p in hard(rollout, self.spec.failed) if p not in self.buffer] + self.buffer
+        # A prompt that came twice in a step is two groups (engine/responses.py, `told_apart`) of one question.
+        failed = dict.fromkeys(g % len(self.answers) for g in hard(rollout, self.spec.failed))
+        self.buffer = [p for p in failed if p not in self.buffer] + self.buffer
         if len(self.buffer) < self.spec.due:
             return [rollout]
         taken, self.buffer = self.buffer[: self.spec.due], self.buffer[self.spec.due :]

@@ -10,7 +10,6 @@ from temperament.engine import record, see
 from temperament.engine.pictures import Picture, images, size_of
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.nn.classes import heads
 from temperament.parts import part, plain
 from temperament.protocols import Pictured, Source
 
@@ -108,7 +107,7 @@ class Stream:
         asked = [v for v in self.spec.versions if v in known] or ["live"]  # (a part that only looks holds no mean)
 
         def say(model: Any, some: Images) -> Tensor:
-            return see.logits(model, base, some.pixels, self.spec.head or next(reversed(heads(model)), None))
+            return see.logits(model, base, some.pixels, self.spec.head or see.newest(model))
 
         return sum(views.precompute(v, rows, say) for v in asked).log_softmax(-1)
 

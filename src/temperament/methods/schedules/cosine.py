@@ -21,6 +21,10 @@ class Cosine:
     end: float = 0.0  # value at the last step
     warmup: int = 0  # steps of linear warm-up from 0
 
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise ValueError("warmup must not be negative")
+
     def __call__(self, progress: Progress) -> float:
         if progress.step < self.warmup:
             return self.peak * (progress.step + 1) / self.warmup

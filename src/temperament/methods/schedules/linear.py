@@ -21,6 +21,10 @@ class Linear:
     until: float = 1.0  # share of training at which the line ends
     warmup: int = 0  # steps of linear warm-up from 0
 
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise ValueError("warmup must not be negative")
+
     def __call__(self, progress: Progress) -> float:
         along = min(max((progress.share - self.begin) / max(self.until - self.begin, 1e-12), 0.0), 1.0)
         warm = min(1.0, (progress.step + 1) / self.warmup) if self.warmup else 1.0

@@ -22,6 +22,8 @@ class Steps:
     def __post_init__(self):
         if self.by not in ("share", "round"):
             raise ValueError("by is 'share' or 'round'")
+        if not self.values:
+            raise ValueError("values must name at least one")
         if self.by == "share" and len(self.at) != len(self.values) - 1:
             raise ValueError(f"{len(self.values)} values need {len(self.values) - 1} borders in `at`, got {len(self.at)}")
         if any(a >= b for a, b in pairwise(self.at)):

@@ -27,7 +27,7 @@ class CrossEntropy:
     head: str | None = None  # the head that is asked; null: the newest that was added, else the base's own
 
     def __post_init__(self):
-        if not 0 <= self.label_smoothing < 1:
+        if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
 
     def counts(self, whole: Images) -> dict[str, float]:

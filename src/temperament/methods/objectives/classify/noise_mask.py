@@ -11,7 +11,6 @@ from temperament.engine.mask import log_beta, masked
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Images
-from temperament.nn.classes import heads
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
@@ -41,7 +40,7 @@ class NoiseMask:
     def __post_init__(self):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError("kernel must be odd and at least 1")
-        if self.sigma < 0 or self.grid < 1:
+        if (isinstance(self.sigma, (int, float)) and self.sigma < 0) or self.grid < 1:
             raise ValueError("sigma must not be negative, grid at least 1")
         if self.mode == "official" and self.masker is None:
             raise ValueError("mode is official, which needs a masker")
@@ -78,7 +77,7 @@ class NoiseMask:
         }
 
     def logits(self, rows: Images, views: Any) -> Tensor:
-        head = self.head or next(reversed(heads(views.model)), None)
+        head = self.head or see.newest(views.model)
         pixels = masked(rows.pixels, rows.drawn, self.kernel, self.sigma)
         return see.logits(views.model, views.live.base, pixels, head).float()
 

@@ -50,7 +50,9 @@ class ICT:
             raise ValueError("first is at least 2 and at most last")
         if self.spread is not None and isinstance(self.spread, float) and self.spread <= 0:
             raise ValueError("spread must be above 0; null draws every pair as often")
-        if not 0 <= self.unsaid <= 1:
+        if isinstance(self.huber, (int, float)) and self.huber <= 0:
+            raise ValueError("huber must be above 0; null takes the square of the distance")
+        if isinstance(self.unsaid, (int, float)) and not 0 <= self.unsaid <= 1:
             raise ValueError("unsaid is a share from 0 to 1")
 
     @property

@@ -34,6 +34,12 @@ class GRPO:
     max_new: int = 256  # tokens a response could have had (only for per: constant)
     eps: float = 1e-4  # added to the standard deviation
 
+    def __post_init__(self):
+        if self.max_new < 1:
+            raise ValueError("max_new must be at least 1")
+        if min((v for v in (self.clip_low, self.clip_high, self.eps) if isinstance(v, (int, float))), default=0) < 0:
+            raise ValueError("clip_low, clip_high and eps must not be negative")
+
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.reference,) if self.beta else ()

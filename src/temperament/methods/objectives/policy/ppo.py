@@ -41,6 +41,10 @@ class PPO:
     def __post_init__(self):
         if min(self.epochs, self.minibatches) < 1:
             raise ValueError("epochs and minibatches must be at least 1")
+        if any(isinstance(v, (int, float)) and not 0 <= v <= 1 for v in (self.gamma, self.lam)):
+            raise ValueError("gamma and lam must lie in 0..1")
+        if isinstance(self.clip, (int, float)) and self.clip <= 0:
+            raise ValueError("clip must be above 0")
 
     @property
     def needs(self) -> tuple[str, ...]:

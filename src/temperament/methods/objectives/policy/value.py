@@ -27,6 +27,10 @@ class Value:
     epochs: int = 2  # passes over a rollout
     head: str = "value"  # which head of this player
 
+    def __post_init__(self):
+        if self.epochs < 1:
+            raise ValueError("epochs must be at least 1")
+
     def prepare(self, whole: Rollout, views) -> Rollout:
         if whole.returns is None:
             raise UserError(

@@ -29,6 +29,12 @@ class DPO:
     label_smoothing: float = 0.0  # probability that a preference is the wrong way round
     reference: str = "start"  # version the policy is held to: start, base, ema, best
 
+    def __post_init__(self):
+        if isinstance(self.beta, (int, float)) and self.beta <= 0:
+            raise ValueError("beta must be above 0")
+        if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 0.5:
+            raise ValueError("label_smoothing must lie in [0, 0.5): from there on pairs would be learnt the wrong way round")
+
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.reference,)

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from temperament.engine import see
 from temperament.nn.batch import Images
-from temperament.nn.classes import heads
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
@@ -28,6 +27,6 @@ class EntropyMin:
         return {"entropy": float(len(whole))}
 
     def loss(self, micro: Images, views: Any) -> Terms:
-        head = self.head or next(reversed(heads(views.model)), None)
+        head = self.head or see.newest(views.model)
         logp = see.logits(views.model, views.live.base, micro.pixels, head).float().log_softmax(-1)
         return {"entropy": Term(-(logp.exp() * logp).sum(-1), len(micro))}

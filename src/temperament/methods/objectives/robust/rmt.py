@@ -10,7 +10,6 @@ from torch import Tensor
 from temperament.engine import see
 from temperament.engine.augment import looked
 from temperament.nn.batch import Images
-from temperament.nn.classes import heads
 from temperament.parts import part
 from temperament.protocols import Term, Terms
 
@@ -46,7 +45,8 @@ class RMT:
     def __post_init__(self):
         if isinstance(self.temperature, float) and self.temperature <= 0:
             raise ValueError("temperature must be above 0")
-        if min((w for w in (self.self_training, self.replay, self.reverse, self.look) if isinstance(w, float)), default=0) < 0:
+        weights = (self.self_training, self.contrast, self.replay, self.reverse, self.look)
+        if min((w for w in weights if isinstance(w, (int, float))), default=0) < 0:
             raise ValueError("weights must not be negative")
 
     @property
@@ -61,7 +61,7 @@ class RMT:
     def statistics(self, micro: Images, views: Any) -> Tensor:
         """(rows, 3 classes + 3 width + 2): logits of x, x' and of the teacher, three projections, the label, the classes."""
         base, model, labels = views.live.base, views.model, _labels(micro)
-        head = self.head or next(reversed(heads(model)), None)
+        head = self.head or see.newest(model)
         said, h = see.both(model, base, micro.pixels, head)
         again, h_again, taught = said, h, said
         if (labels < 0).any():  # (rows that bring a label need no second look)
