@@ -36,7 +36,7 @@ def test_it_runs(path, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "recipes", "recipes")
     text = path.read_text()
     Path("small.yaml").write_text(yaml.safe_dump(small(yaml.safe_load(text)), sort_keys=False))
-    commands = [shlex.split(line.lstrip("# "), comments=True)[1:] for line in text.splitlines() if line.startswith("#   temper ")]
+    commands = [shlex.split(x[4:], comments=True)[1:] for x in text.splitlines() if x.startswith("#   temper ")]
     for words in commands:
         if words[:2] == ["sample", "lab/unet"]:  # a picture that the recipe then reads
             assert main(words) == 0, capsys.readouterr().err
