@@ -258,8 +258,6 @@ class Session:
         self._bias: Tensor | None = None
         self._n = 0  # columns so far
         capacity = block.shape[1] + self.room
-        window = self._how.window
-        self._prepared = self._how.prepared and (window is None or capacity <= window)
         self._cache = None
         if self._how.cache == "slab":
             self._cache = Cache(layer_class_to_replicate=partial(_SlabLayer, capacity))
@@ -306,7 +304,8 @@ class Session:
         return logits
 
     def _attention(self, done: int, new: int) -> Tensor:
-        if new > 1 or not self._prepared:
+        window = self._how.window
+        if new > 1 or not self._how.prepared or (window is not None and done + 1 > window):
             return self._mask().long()
         if self._bias is None or self._bias.shape[-1] < done + 1:
             dtype = forward.dtype_of(self.model)
@@ -401,7 +400,6 @@ def _measure(model: Model) -> How:
         for way in (*slab, How("own", window=window), How("none", window=window)):
             try:
                 s = Session(model, prompts, room=4, way=way)
-                s._prepared = way.prepared
                 got = [s.logits]
                 got += [s.step(torch.tensor(column, device=device)) for column in zip(*steps, strict=True)]
                 picked = s.select([1, 0]).rows == 2
