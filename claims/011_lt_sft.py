@@ -53,4 +53,8 @@ claim = Claim(
     within=(("retained", 0.05),),
     seeds=(0, 1, 2),
     run=run,
+    why=(
+        "The sparse changes forget less (28 points against 34) and learn less (87 % of the tasks against 94 %): two dense "
+        "changes of a model this small interfere too little to pay for the entries that a mask takes away."
+    ),
 )

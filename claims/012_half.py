@@ -43,4 +43,8 @@ claim = Claim(
     within=(("target", 0.02),),
     seeds=(0, 1, 2, 3, 4),
     run=run,
+    why=(
+        "The half that is trained needs as many steps as the whole and drifts as far (KL 0.11 against 0.09), so the "
+        "losses of the two cannot be told apart."
+    ),
 )

@@ -57,4 +57,5 @@ claim = Claim(
     baseline="as many further steps of the model's own denoising loss on the same pictures, at its own best rate",
     seeds=(0, 1, 2),
     run=run,
+    why="On two of three seeds both end alike (0.03 to 0.05); on the third further denoising goes astray (0.21).",
 )

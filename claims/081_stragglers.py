@@ -54,4 +54,5 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     note="`barrier`: nats a token by which the way lies above its chord; `stragglers`: layers named",
+    why="There is nothing to mend: at this scale no barrier lies between base and tuned model (0.0 nats above the chord).",
 )

@@ -1,9 +1,10 @@
 """[120] Model soups: the mean of fine-tunes that differ in rate and data order beats the best of them, at no cost in use.
 
-Five fine-tunes of one base on one procedure with different rates and rows. The greedy soup adds them to a mean as long as
-accuracy on development items does not fall. Compared, on held-out items: the greedy soup with the single model that is best
-on the same development items. The task is not taught to the end, so that there is something to gain. Beside it, as `vit`: the
-same of five fine-tunes of a vision transformer that learns eight figures, their heads begun alike, on held-out pictures.
+Five fine-tunes of a vision transformer learn eight figures from twenty pictures each, with different rates and orders, their
+heads begun alike. The greedy soup adds them to a mean as long as accuracy on development pictures does not fall. Compared, on
+held-out pictures: the greedy soup with the single model that is best on the same development pictures. Beside it the uniform
+soup, and one learned by gradient on pictures of its own. (With five fine-tunes of the language model on one procedure, of
+which the slower were not done, the greedy soup was the best model alone, 97.8 %, and the uniform one had 53.3 %.)
 """
 
 from dataclasses import replace
@@ -13,60 +14,56 @@ from temperament.run.claims import Claim
 from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
-RATES = (1e-4, 2e-4, 3e-4, 5e-4, 8e-4)
-TASK = "interleave"
+RATES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
+FIGURES = {"data.sprites": {"figures": 8, "rows": 160}}
+OTHERS = {"data.sprites": {"figures": 8, "rows": 160, "seed": 1}}  # the learned soup's
+SUITES = [{"evaluate.pictures": {"of": FIGURES}}, "evaluate.pictures"]
+EVALUATION = {"items": 60, "suites": SUITES, "keep": False, "diagnose": []}
 
 
-def recipe(rate: float, steps: int = 120, items: int = 60) -> dict:
-    source = {"data.lab": {"skills": [TASK], "rows": 600}}
+def fine_tune(rate: float, steps: int = 100) -> dict:
     train = {
-        "source": source,
-        "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": rate, "warmup": 10}}}},
-        "batch": 16,
-        "steps": steps,
-    }
-    suites = [{"evaluate.lab": {"target": TASK}}]
-    return {"base": "lab/lm", "steps": [{"name": "full", "train": train}], "check": False,
-            "evaluation": {"items": items, "suites": suites, "diagnose": []}}  # fmt: skip
-
-
-def pictures(rate: float, steps: int = 60, items: int = 60) -> dict:
-    figures = {"data.sprites": {"figures": 8, "rows": 160}}
-    train = {
-        "source": figures,
+        "source": FIGURES,
         "objective": "objectives.classify.cross_entropy",
-        "trainable": ["select.full", {"adapters.class_head": {"of": figures}}],
+        "trainable": ["select.full", {"adapters.class_head": {"of": FIGURES}}],
         "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": rate, "warmup": 10}}}},
         "batch": 16,
         "micro": 16,
         "steps": steps,
     }
-    suites = [{"evaluate.pictures": {"of": figures}}, "evaluate.pictures"]
-    return {"base": "lab/vit", "steps": [{"name": "full", "train": train}], "check": False,
-            "evaluation": {"items": items, "suites": suites, "keep": False, "diagnose": []}}  # fmt: skip
+    return {"base": "lab/vit", "steps": [{"name": "full", "train": train}], "check": False, "evaluation": EVALUATION}
 
 
-def cooked(lab, name: str, recipe, seed: int) -> dict[str, dict[str, float]]:
-    """The numbers of the greedy soup, of the best single model and of the uniform soup of one set of fine-tunes."""
-    made = [lab.run(f"{name}-{r:g}", replace(read(recipe(r)), seed=100 * seed + k), seed) for k, r in enumerate(RATES)]
-    base, deltas = made[0].base, [m.delta for m in made]
-    held, test = (Scorer(made[0].recipe, base, 200, development) for development in (True, False))
-    soup, tried = parts.build("merge.soup_greedy").search(base, deltas, held)
-    numbers = lambda d: {"target": 100 * (s := test.summary(d))["target"], "retained_change": s["retained_change"]}
-    return {
-        "greedy": numbers(soup) | {"models": len(tried["kept"])},
-        "single": numbers(deltas[tried["order"][0]]),
-        "uniform": numbers(parts.build("merge.soup_uniform").merge(base, deltas)),
+def learned(folders: list[str], steps: int = 40) -> dict:
+    names = [f"model-{k}" for k in range(len(folders))]
+    known = [
+        {"name": n, "merge": {"method": "merge.linear", "of": [f]}, "ledger": False}
+        for n, f in zip(names, folders, strict=True)
+    ]
+    train = {
+        "source": OTHERS,
+        "objective": "objectives.classify.cross_entropy",
+        "trainable": {"merge.soup_learned": {"of": names}},
+        "optimizer": {"optim.adamw": {"lr": 0.1}},
+        "batch": 32,
+        "micro": 32,
+        "steps": steps,
     }
+    steps_ = [*known, {"name": "learned", "start": "base", "train": train}]
+    return {"base": "lab/vit", "steps": steps_, "check": False, "evaluation": EVALUATION}
 
 
 def run(seed, lab):
-    words, seen = cooked(lab, "rate", recipe, seed), cooked(lab, "vit", pictures, seed)
-    return {
-        "method": words["greedy"] | {"vit": seen["greedy"]["target"], "vit_models": seen["greedy"]["models"]},
-        "baseline": words["single"] | {"uniform": words["uniform"]["target"], "vit": seen["single"]["target"],
-                                       "vit_uniform": seen["uniform"]["target"]},
-    }  # fmt: skip
+    made = [lab.run(f"rate-{r:g}", replace(read(fine_tune(r)), seed=100 * seed + k), seed) for k, r in enumerate(RATES)]
+    mixed = lab.run("learned", replace(read(learned([str(lab.folder / f"rate-{r:g}-{seed}") for r in RATES])), seed=seed), seed)
+    base, deltas = made[0].base, [m.delta for m in made]
+    held, test = (Scorer(made[0].recipe, base, 400, development) for development in (True, False))
+    soup, tried = parts.build("merge.soup_greedy").search(base, deltas, held)
+    numbers = lambda d: {"target": 100 * (s := test.summary(d))["target"], "retained_change": s["retained_change"]}
+    greedy, single = numbers(soup), numbers(deltas[tried["order"][0]])
+    uniform = numbers(parts.build("merge.soup_uniform").merge(base, deltas))
+    beside = {"models": len(tried["kept"]), "uniform": uniform["target"], "learned": numbers(mixed.delta)["target"]}
+    return {"method": greedy | beside, "baseline": single}
 
 
 claim = Claim(
@@ -80,4 +77,5 @@ claim = Claim(
     within=(("retained_change", 2.0),),
     seeds=(0, 1, 2, 3, 4),
     run=run,
+    note="`uniform`, `learned`: the other soups; `models`: how many of five the greedy one holds",
 )

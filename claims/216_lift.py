@@ -57,4 +57,8 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     note="`magnitude_*` and `random_*` of the method's side: the same budget on the largest and on random entries",
+    why=(
+        "It forgets 1.9 points less, but ends at 93 % of the task where full tuning has gone on to 98 %; 5 % of the "
+        "largest or of random entries learn nothing in as many steps."
+    ),
 )

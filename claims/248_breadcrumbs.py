@@ -69,4 +69,8 @@ claim = Claim(
     baseline="merge.task_arithmetic, its strength found on the same two tasks",
     seeds=(0, 1, 2),
     run=run,
+    why=(
+        "Breadcrumbs and task arithmetic keep as much of six tasks (15.4 %, plain averaging 0.8 %): masks of outliers "
+        "save nothing that a found strength does not."
+    ),
 )

@@ -59,4 +59,8 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     note="`unbalanced_target`: the same without the balance term",
+    why=(
+        "At equal parameters every expert sees a part of the tokens and learns more slowly: LoRA gains 64 points in 250 "
+        "steps, the mixture 49 (48 without its balance term), forgetting 53 points against 61."
+    ),
 )

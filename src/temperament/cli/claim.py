@@ -5,7 +5,8 @@
     temper claim 012 --json
 
 A claim is a small experiment that shows a paper's main result against its baseline, over several seeds, on a lab base.
-The list shows what came of each: holds, partly, fails, or not run.
+The list shows what came of each - holds, partly, fails, or not run - with the difference on the claimed side, its interval and
+the number of seeds; below, the reasons that were found where one did not hold.
 """
 
 from __future__ import annotations
@@ -50,8 +51,17 @@ def show(data: Any, say: Say, a: Any) -> None:
         "fails": ("✗ fails", "red"),
         "not-run": ("  not run", "dim"),
     }
-    say.table(
-        ["paper", "", "title"], [[c["paper"], Text(*signs.get(c["status"], (c["status"], ""))), c["title"]] for c in data]
-    )
+    rows = [[c["paper"], Text(*signs.get(c["status"], (c["status"], ""))), _told(c), c["title"]] for c in data]
+    say.table(["paper", "", "better by (95 % interval), seeds", "title"], rows)
+    for c in data:
+        if c["why"] and c["status"] != "holds":
+            say.out.print(f"{c['paper']}  {c['why']}")
     if not data:
         say.out.print("No claims are installed.")
+
+
+def _told(c: dict[str, Any]) -> str:
+    if not c["seeds"]:
+        return ""
+    span = f" ({c['ci95'][0]:.3g} to {c['ci95'][1]:.3g})" if c["ci95"] else ""
+    return f"{c['measure']} {c['difference']:+.2g}{span}, {c['seeds']}"

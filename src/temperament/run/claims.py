@@ -49,6 +49,7 @@ class Claim:
     ] = ()  # (number, margin): the method may be at most this much worse than the baseline in it
     seeds: tuple[int, ...] = (0, 1, 2)
     note: str = ""  # what a reader of the result must know
+    why: str = ""  # what was found to be the reason, where it did not hold
 
 
 @dataclass
@@ -113,7 +114,8 @@ def result(paper: str) -> dict[str, Any] | None:
 
 def listed() -> list[dict[str, Any]]:
     """Every claim with what came of it."""
-    return [result(p) or _blank(load(p)) for p in files()]
+    claims = {p: load(p) for p in files()}
+    return [(result(p) or _blank(c)) | {"why": c.why} for p, c in claims.items()]
 
 
 def _blank(claim: Claim) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def _blank(claim: Claim) -> dict[str, Any]:
         "baseline": {},
         "seconds": None,
         "note": claim.note,
+        "why": claim.why,
     }
 
 
