@@ -58,5 +58,5 @@ claim = Claim(
     baseline="original consistency training (EMA teacher 0.95, squared distance, uniform constant levels) at its best rate",
     seeds=(0, 1, 2),
     run=run,
-    why="Better on each of three seeds (KID 0.09 against 0.15, 0.04 against 0.14, 0.11 against 0.16): too few for the interval.",
+    why="Better on each of three seeds (KID 0.09 to 0.15, 0.04 to 0.14, 0.11 to 0.16): too few for the interval.",
 )

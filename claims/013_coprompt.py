@@ -68,7 +68,7 @@ claim = Claim(
     run=run,
     note="retained: accuracy on the three shapes it was not shown; target: on those it was.",
     why=(
-        "Four of five seeds are 5 to 8 points apart or alike; one, of another three shapes, is 35 a"
-        "part and makes the interval wide."
+        "Four of five seeds are 5 to 8 points apart or alike; one, of another three shapes, is 35 "
+        "apart and makes the interval wide."
     ),
 )
