@@ -1,25 +1,25 @@
 """[217] ReLIFT: reinforcement alone never solves what no sample solves; supervision on just those questions does, and needs few
 demonstrations.
 
-Task: the new procedure `shift`, which the lab base never answers rightly (hard), beside sums it half knows (easy). Arms:
-ReLIFT; reinforcement alone.
-Compared: held-out accuracy on the hard task. Beside it: how many demonstrations ReLIFT took, and the easy task.
+Task: the new procedure `shift`, which the lab base never answers rightly (hard), beside sums it knows (easy). Arms: ReLIFT;
+reinforcement alone. Compared: held-out accuracy on the hard task. Beside it: how many demonstrations ReLIFT took, and the easy
+task. (A first run of 40 steps, 8 questions each, showed 157 demonstrations, too few for either arm to solve one: 0 against 0.)
 """
 
 import json
 
 from temperament.run.claims import Claim
 
-ROWS = {"data.lab": {"skills": ["shift", "workout"], "rows": 600}}
-STEPS = 40
-SUITE = {"evaluate.lab": {"target": "shift", "retained": ["workout", "add", "reverse", "people"]}}
+ROWS = {"data.lab": {"skills": ["shift", "add"], "rows": 600}}
+STEPS = 160
+SUITE = {"evaluate.lab": {"target": "shift", "retained": ["add", "reverse", "people"]}}
 
 
 def recipe(due: int, rate: float) -> dict:
-    sample = {"rollout.sample": {"prompts": ROWS, "rewards": ["rewards.lab"], "group": 8, "max_new": 44}}
+    sample = {"rollout.sample": {"prompts": ROWS, "rewards": ["rewards.lab"], "group": 4, "max_new": 16}}
     train = {
         "source": {"rollout.relift": {"rollout": sample, "demonstrations": ROWS, "due": due}},
-        "objective": {"objectives.policy.grpo": {"scale": False, "per": "constant", "max_new": 44}},
+        "objective": {"objectives.policy.grpo": {"scale": False, "per": "constant", "max_new": 16}},
         "optimizer": {"optim.adamw": {"lr": 3e-5}},
         "batch": 64,
         "micro": 64,
@@ -41,12 +41,12 @@ def shown(lab, name: str, seed: int) -> int:
 
 
 def run(seed, lab):
-    method = lab.best("relift", lambda rate: recipe(8, rate), [3e-4, 6e-4], seed)
+    method = lab.best("relift", lambda rate: recipe(16, rate), [3e-4, 6e-4], seed)
     baseline = lab.tune("rl", recipe(10**6, 3e-4), seed)
-    easy = lambda numbers: numbers["skills"]["workout"]["after"]
+    easy = lambda numbers: numbers["skills"]["add"]["after"]
     return {
-        "method": method | {"workout": easy(method), "demonstrations": shown(lab, "relift", seed)},
-        "baseline": baseline | {"workout": easy(baseline)},
+        "method": method | {"easy": easy(method), "demonstrations": shown(lab, "relift", seed)},
+        "baseline": baseline | {"easy": easy(baseline)},
     }
 
 
@@ -59,7 +59,7 @@ claim = Claim(
     measure="target",
     better="higher",
     baseline="the same run with a buffer that never fills: reinforcement alone",
-    within=(("workout", 0.1),),
+    within=(("easy", 0.1),),
     seeds=(0, 1, 2, 3, 4),
     run=run,
     note="`demonstrations` is how many of the 600 questions were ever shown with their answer",
