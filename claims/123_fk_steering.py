@@ -39,7 +39,7 @@ claim = Claim(
     measure="reward",
     better="higher",
     baseline="the best of four pictures",
-    seeds=(10, 11, 12, 13, 14),
+    seeds=(10, 11, 12),
     run=run,
     note="`base`: one picture as it comes; `asked`: share of crosses painted in the shape, colour and place of their captions",
 )
