@@ -78,4 +78,8 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     note="`uniform`, `learned`: the other soups; `models`: how many of five the greedy one holds",
+    why=(
+        "Fine-tunes of a transformer this small part ways: the mean of five has 65 % where the best alone has 73 %, so the "
+        "greedy soup keeps one to three of them and gains nothing; the learned one finds the best alone."
+    ),
 )
