@@ -72,6 +72,6 @@ claim = Claim(
     better="higher",
     baseline="the same on twenty ancestral steps of the diffusion model, as many calls of the network, at its own best rate",
     seeds=(0, 1, 2),
-    note="Retained is the share of pictures, of captions that were not trained on, that still show what was asked: 0 where the reward was nearly all won.",
+    note="`retained`: share of pictures, of captions not trained on, that show what was asked; 0 where all reward was won.",
     run=run,
 )
