@@ -114,7 +114,7 @@ class Bank:
             p = calibrated(p, self.tuned.to(w.device), labels, w, float(now.norm(dim=1).mean()), turn)
         logits = see.say(model, self.base, p, head).float()
         weight = part.weight if part.weight is not None else len(labels) / len(now)
-        return {"dr_tune": Term(F.cross_entropy(logits, labels, reduction="none"), len(labels), weight=weight)}
+        return {"dr_tune": Term(see.cost(logits, labels), len(labels), weight=weight)}
 
     def after_step(self, progress: Any) -> None:
         if self.met is not None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from temperament.engine import see
@@ -87,8 +86,7 @@ class RMT:
                 z = new[:, 3 * classes : -2].view(len(new), 3, -1)
                 terms["contrast"] = Term(contrast(z, self.temperature), 3 * len(new), self.contrast)
         if len(known):
-            each = F.cross_entropy(known[:, :classes], labels[labels >= 0], reduction="none")
-            terms["replay"] = Term(each, len(known), self.replay)
+            terms["replay"] = Term(see.cost(known[:, :classes], labels[labels >= 0]), len(known), self.replay)
         return terms
 
 
