@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from temperament.engine.denoise import Denoiser, addressed, covered
+from temperament.engine.noise import share
 from temperament.nn.batch import Images
 from temperament.parts import part
 from temperament.protocols import Term, Terms
@@ -20,9 +21,9 @@ class Denoise:
     y: the noise, the velocity or the picture, as the base's scheduler says (engine/noise.py: epsilon, v, flow); d entries of
     a picture or its latents. Noise and times are addressed by (seed, row): any split gives the same gradient. The second
     term, with its own count, is DreamBooth's prior preservation (`data.prior_preservation` makes such rows); at the base it
-    is at its optimum, so it pulls only against what the first one changes. min-SNR weights: min(snr, gamma) over snr where the
-    network says the noise, over snr + 1 where a velocity, over 1 where the picture; snr = a^2 / s^2 (Hang et al. 2023).
-    Source: Ho et al. 2020; Ruiz et al. 2023 (paper 274)."""
+    is at its optimum, so it pulls only against what the first one changes. min-SNR weights: min(snr, gamma) times the squared
+    error of the picture, whatever the network says; snr = a^2 / s^2 (Hang et al. 2023). Source: Ho et al. 2020; Ruiz et al.
+    2023 (paper 274)."""
 
     prior: float = 1.0  # weight of the rows the base made itself
     unsaid: float = 0.0  # share of captions left out, so that guidance keeps its ground
@@ -56,5 +57,4 @@ class Denoise:
             return 1.0
         a, s = denoiser.process.scales(t)
         snr = (a / s.clamp(min=1e-4)).square()
-        says = getattr(denoiser.process, "predicts", "")
-        return snr.clamp(max=self.min_snr) / {"epsilon": snr, "sample": 1.0}.get(says, snr + 1)
+        return snr.clamp(max=self.min_snr) * share(denoiser.process, t).square().to(snr)
