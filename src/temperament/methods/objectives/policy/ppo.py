@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Rollout
 from temperament.parts import part
@@ -54,6 +55,9 @@ class PPO:
         w = (whole.tokens.weights != 0).float()
         whole.values = torch.zeros_like(w)
         if self.critic is not None:
+            if not hasattr(whole.tokens, "states"):
+                mend = "steps of denoising have no states that it could read; use critic: null"
+                raise UserError("objectives.policy.ppo.critic", self.critic, mend)
             head = views.head(f"{self.critic}:value")
             read = lambda m, r: head(r.tokens.states(m).float())[..., 0] * (r.tokens.weights != 0)
             whole.values = views.precompute(f"{self.critic}:live", whole, read)
