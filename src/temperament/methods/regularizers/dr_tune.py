@@ -94,6 +94,8 @@ class Bank:
 
     def prepare(self, whole: Batch, views: Any) -> None:
         pictures = labelled(whole)
+        if not len(pictures):
+            return
         head = self.part.head or see.newest(views.model)
         d = views.precompute("live", pictures, lambda m, rows: see.features(m, self.base, rows.pixels, head))
         p = views.precompute(self.part.version, pictures, lambda m, rows: see.features(m, self.base, rows.pixels))
