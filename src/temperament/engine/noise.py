@@ -261,6 +261,10 @@ def process_of(scheduler: Any) -> Process:
     config = dict(getattr(scheduler, "config", scheduler))
     name = config.get("_class_name", type(scheduler).__name__)
     if "Flow" in name:
+        for grid in ("use_dynamic_shifting", "shift_terminal"):
+            if config.get(grid):
+                mend = "sampling takes other steps with it, which are not known here; use a base without it, or leave it out"
+                raise UserError(f"scheduler.{grid}", config[grid], mend)
         return Flow(config.get("shift", 1.0), float(config.get("num_train_timesteps", 1000)))
     predicts = config.get("prediction_type", "epsilon")
     if "CMStochastic" in name or ("EDM" in name and predicts == "epsilon"):
