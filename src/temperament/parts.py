@@ -15,8 +15,8 @@ group `temperament.parts`. In a recipe a part is its name, or its name with opti
 
 A field typed by one of the protocols (see `protocols.py`) is a *slot* that another part fills. Any float may be given as a
 *schedule* where the part is read anew at each step: `beta: {schedules.linear: {start: 0.1, end: 0.5}}`; the loop replaces it by
-its value of the moment (`at`), so no method knows about schedules. What a part checks of its numbers is checked of the numbers
-a schedule comes to when the part is built, not as training meets them.
+its value of the moment (`at`), so no method knows about schedules. What a part checks of its numbers (`number`) is
+checked of the numbers a schedule comes to when the part is built, not as training meets them.
 """
 
 from __future__ import annotations
@@ -418,6 +418,12 @@ def at(value: Any, progress: Any) -> Any:
         new = [at(v, progress) for v in value]
         return type(value)(new) if any(a is not b for a, b in zip(new, value, strict=True)) else value
     return value
+
+
+def number(value: Any, otherwise: float) -> float:
+    """What a part checks of a number of its own: the number; `otherwise` for None and for a schedule, whose numbers are checked
+    one by one."""
+    return value if isinstance(value, (int, float)) else otherwise
 
 
 def walk(value: Any) -> Iterable[Any]:

@@ -12,7 +12,7 @@ from temperament.engine import see
 from temperament.errors import UserError
 from temperament.nn.batch import Batch, Images
 from temperament.nn.linalg import rotation
-from temperament.parts import at, part
+from temperament.parts import at, number, part
 from temperament.protocols import Term, Terms
 
 
@@ -49,7 +49,7 @@ class DRTune:
     def __post_init__(self):
         if self.bank < 1 or self.rotate_every < 1:
             raise ValueError("bank and rotate_every must be at least 1")
-        if isinstance(self.weight, float) and self.weight < 0:
+        if number(self.weight, 0.0) < 0:
             raise ValueError("weight must not be negative")
 
     @property

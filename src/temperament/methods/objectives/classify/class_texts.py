@@ -7,7 +7,7 @@ from temperament.engine import see
 from temperament.engine.augment import looked
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Pictured, Term, Terms
 
 
@@ -31,7 +31,7 @@ class ClassTexts:
     def __post_init__(self):
         if "{}" not in self.template:
             raise ValueError("template must hold {} where the class stands")
-        if isinstance(self.look, float) and self.look < 0:
+        if number(self.look, 0.0) < 0:
             raise ValueError("look must not be negative")
 
     def counts(self, whole: Images) -> dict[str, float]:

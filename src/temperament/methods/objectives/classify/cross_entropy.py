@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from temperament.engine import see
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -25,7 +25,7 @@ class CrossEntropy:
     head: str | None = None  # the head that is asked; null: the newest that was added, else the base's own
 
     def __post_init__(self):
-        if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 1:
+        if not 0 <= number(self.label_smoothing, 0.0) < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
 
     def counts(self, whole: Images) -> dict[str, float]:

@@ -10,7 +10,7 @@ from temperament.engine.mask import log_beta, masked
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -39,7 +39,7 @@ class NoiseMask:
     def __post_init__(self):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError("kernel must be odd and at least 1")
-        if (isinstance(self.sigma, (int, float)) and self.sigma < 0) or self.grid < 1:
+        if number(self.sigma, 0.0) < 0 or self.grid < 1:
             raise ValueError("sigma must not be negative, grid at least 1")
         if self.mode == "official" and self.masker is None:
             raise ValueError("mode is official, which needs a masker")

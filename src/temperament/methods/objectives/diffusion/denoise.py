@@ -6,7 +6,7 @@ from typing import ClassVar
 from temperament.engine.denoise import Denoiser, addressed, covered
 from temperament.engine.noise import share
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -32,8 +32,7 @@ class Denoise:
     batch: ClassVar = ("Images",)
 
     def __post_init__(self):
-        prior, unsaid, min_snr = (v if isinstance(v, (int, float)) else 1.0 for v in (self.prior, self.unsaid, self.min_snr))
-        if prior < 0 or not 0 <= unsaid <= 1 or min_snr <= 0:  # (a schedule is looked at when it is a number)
+        if number(self.prior, 1.0) < 0 or not 0 <= number(self.unsaid, 0.0) <= 1 or number(self.min_snr, 1.0) <= 0:
             raise ValueError("prior is not negative, unsaid a share from 0 to 1, min_snr above 0")
 
     def counts(self, whole: Images) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Rollout
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -42,9 +42,9 @@ class PPO:
     def __post_init__(self):
         if min(self.epochs, self.minibatches) < 1:
             raise ValueError("epochs and minibatches must be at least 1")
-        if any(isinstance(v, (int, float)) and not 0 <= v <= 1 for v in (self.gamma, self.lam)):
+        if any(not 0 <= number(v, 1.0) <= 1 for v in (self.gamma, self.lam)):
             raise ValueError("gamma and lam must lie in 0..1")
-        if isinstance(self.clip, (int, float)) and self.clip <= 0:
+        if number(self.clip, 1.0) <= 0:
             raise ValueError("clip must be above 0")
 
     @property
