@@ -148,6 +148,21 @@ def test_a_schedule_where_a_number_is_read_once_is_refused():
     assert "objectives" in refused({"objectives.preference.dpo": {"beta": "adapters.lora"}}, protocols.Objective)
 
 
+def test_what_a_schedule_comes_to_is_checked_before_training():
+    dpo = lambda **options: {"objectives.preference.dpo": options}
+    line = lambda start, end, **more: {"schedules.linear": {"start": start, "end": end, **more}}
+    said = refused(dpo(beta=line(0.1, -1.0)), protocols.Objective)
+    assert said.startswith("step.objectives.preference.dpo.beta is -0.") and "above 0; its schedule comes to" in said
+    assert "label_smoothing is 0.7" in refused(dpo(label_smoothing=line(0.0, 0.7, begin=0.99)), protocols.Objective)
+    assert "beta is 0.0:" in refused(dpo(beta=line(0.0, 1.0)), protocols.Objective)
+    cosine = {"schedules.cosine": {"peak": 1.0, "end": -0.1, "warmup": 500}}
+    assert "beta is -" in refused(dpo(beta=cosine), protocols.Objective)
+    rounds = {"schedules.steps": {"values": [0.1, 0.2, 0.0], "by": "round"}}
+    assert "beta is 0.0:" in refused(dpo(beta=rounds, label_smoothing=line(0.0, 0.1)), protocols.Objective)
+    both = dpo(beta=line(0.1, 2.0, warmup=9), label_smoothing=line(0.4, 0.0))
+    assert build(both, protocols.Objective).beta.end == 2.0
+
+
 def test_slots_hold_parts_that_hold_parts():
     spec = {"merge.lines": {"of": {"merge.lines": {"alpha": 0.5, "of": "merge.linear"}}}}
     made = build(spec, protocols.Merge)

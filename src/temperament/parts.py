@@ -15,7 +15,8 @@ group `temperament.parts`. In a recipe a part is its name, or its name with opti
 
 A field typed by one of the protocols (see `protocols.py`) is a *slot* that another part fills. Any float may be given as a
 *schedule* where the part is read anew at each step: `beta: {schedules.linear: {start: 0.1, end: 0.5}}`; the loop replaces it by
-its value of the moment (`at`), so no method knows about schedules.
+its value of the moment (`at`), so no method knows about schedules. What a part checks of its numbers (`number`) is
+checked of the numbers a schedule comes to when the part is built, not as training meets them.
 """
 
 from __future__ import annotations
@@ -222,6 +223,8 @@ def build(value: Any, slot: Any = None, field: str = "part") -> Any:
 def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] = False) -> Any:
     """The dataclass `cls` from a mapping of its options: unknown keys, wrong types and missing values are refused by name.
     scheduled: may its numbers be schedules? All, none, or those of these names."""
+    from temperament.protocols import Progress
+
     if not isinstance(options, Mapping):
         raise UserError(field, options, f"give a mapping of options ({', '.join(list(_named_hints(cls))[:8])})")
     hints, filled = _named_hints(cls), {}
@@ -234,10 +237,25 @@ def fill(cls: type, options: Any, field: str, scheduled: bool | tuple[str, ...] 
     for key, (f, _) in hints.items():
         if key not in filled and _default(f) is MISSING:
             raise UserError(f"{field}.{key}".lstrip("."), None, f"required: {option_help(cls).get(key) or 'give a value'}")
+    moving: dict[str, Any] = {}  # numbers of one moment
     try:
-        return cls(**filled)
+        made = cls(**filled)
+        for moment in _MOMENTS if scheduled else ():
+            now = {key: at(value, Progress(*moment)) for key, value in filled.items()}
+            if not (moving := {key: v for key, v in now.items() if v is not filled[key]}):
+                break
+            cls(**now)
     except (ValueError, TypeError) as problem:
-        raise _refused(str(problem).rstrip("."), options, hints, field) from None
+        why = str(problem).rstrip(".") + ("; its schedule comes to this number" if moving else "")
+        if len(moving) == 1:
+            key, number = moving.popitem()
+            raise UserError(_under(field, key), plain(number), why) from None
+        raise _refused(why, {**options, **moving}, hints, field) from None
+    return made
+
+
+_LONG = 1_000_000  # steps: longer than any warm-up
+_MOMENTS = [(_LONG * k // 20, _LONG + 1, 0.0, k) for k in range(21)]  # (step, total, epoch, round), end to end
 
 
 def _refused(why: str, options: Mapping[str, Any], hints: Mapping[str, Any], field: str) -> UserError:
@@ -400,6 +418,12 @@ def at(value: Any, progress: Any) -> Any:
         new = [at(v, progress) for v in value]
         return type(value)(new) if any(a is not b for a, b in zip(new, value, strict=True)) else value
     return value
+
+
+def number(value: Any, otherwise: float) -> float:
+    """What a part checks of a number of its own: the number; `otherwise` for None and for a schedule, whose numbers are checked
+    one by one."""
+    return value if isinstance(value, (int, float)) else otherwise
 
 
 def walk(value: Any) -> Iterable[Any]:

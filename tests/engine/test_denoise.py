@@ -6,7 +6,13 @@ import torch
 from temperament.bases import train_diffusion as lab
 from temperament.engine.denoise import Denoiser, Hook, Sampler, _undone, covered, denoise, invert, logp, move
 from temperament.engine.noise import Diffusion, Flow, process_of
+from temperament.errors import UserError
+from temperament.methods.adapters.lora import LoRA
 from temperament.nn.batch import Images
+from temperament.nn.context import context
+from temperament.nn.draws import Address
+from temperament.train.live import Live
+from tests.train.rows import context as context_of
 
 diffusers = pytest.importorskip("diffusers")
 DIFFUSION = lab.SCHEDULERS["unet"]
@@ -183,6 +189,25 @@ def test_a_flow_is_walked_back():
     made = denoise(base, ["a red cross"], Sampler(3, 0.0, 1.0), seed=6)
     start = invert(base, made.latents, ["a red cross"], 3, refine=30)
     torch.testing.assert_close(start, Denoiser.of(base).process.start(_noise(1, 6)), rtol=1e-2, atol=1e-2)
+
+
+def test_a_path_is_walked_back_without_dropout():
+    base = lab.fresh("flow", 4)
+    live = Live(base, [LoRA(rank=4, dropout=0.5).build(base, context_of(base))])
+    for p in live.params.values():
+        p.tensor.data.normal_(std=0.1)
+    made = torch.randn(1, 3, 16, 16)
+    quiet = invert(base, made, ["a red cross"], 3)
+    with context(draws=Address(0, "forward", 0, torch.arange(1))):
+        assert torch.equal(invert(base, made, ["a red cross"], 3), quiet)
+
+
+@pytest.mark.parametrize("grid", [{"use_dynamic_shifting": True}, {"shift_terminal": 0.02}])
+def test_a_flow_with_a_grid_of_its_own_is_refused(grid):
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    assert process_of(flow(shift=3.0)) == Flow(3.0)
+    with pytest.raises(UserError, match=next(iter(grid))):
+        process_of(flow(**grid))
 
 
 def _noise(rows, seed):

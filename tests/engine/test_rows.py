@@ -163,6 +163,7 @@ def test_bad_conversations(messages, why):
         ({"prompt": "a", "completion": "b", "label": "good"}, "not true or false"),
         ({"prompt": "a", "completions": ["b"], "labels": [True, False]}, "one label for each"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "shifted"),
+        ({"input_ids": [1, True]}, "list of token ids"),
         ({"conversations": [{"from": "hooman", "value": "x"}]}, "did you mean 'human'"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "history"),

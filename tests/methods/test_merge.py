@@ -483,11 +483,14 @@ def test_greedy_soup():
     assert score(found) >= max(score(d) for d in deltas) and score(found) == pytest.approx(tried["scores"][-1])
 
 
+SHARED = ("merge.linear", "merge.multislerp", "merge.karcher")
+
+
 def test_refusals(models):
     base, deltas = models[0], [differences(models[0], t) for t in models[1][:3]]
     for method, message in [
         ({"merge.linear": {"weights": [1, 2]}}, "3 models are merged"),
-        ({"merge.linear": {"weights": [1, -1, 0]}}, "sum to 0"),
+        *(({name: {"weights": [1, -1, 0]}}, f"{name}.weights.*sum to 0") for name in SHARED),
         ("merge.slerp", "it merges 2"),
         ({"merge.della": {"density": 0.9, "epsilon": 0.2}}, "between 0 and 1"),
     ]:

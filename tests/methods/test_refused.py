@@ -39,6 +39,7 @@ PAINTED = {"captions": {"data.captions": {"captions": ["a cat"]}}, "rewards": ["
         ("schedules.wsd", {"peak": 1.0, "warmup": -1}, "warmup"),
         ("schedules.steps", {"values": [], "by": "round"}, "values"),
         ("decode.conjugate_prompt", {"rewrite": [["(a)", r"\2"]]}, "rewrite"),
+        ("merge.lines", {"of": "merge.soup_greedy"}, "soup_greedy is not; shape its result"),
         ("evaluate.rewarded", {"reward": "rewards.brightness", "captions": []}, "captions"),
     ],
 )

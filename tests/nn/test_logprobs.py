@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from temperament.errors import UserError
 from temperament.nn import draws, forward, logprobs
 from temperament.nn.batch import Tokens
+from temperament.nn.context import context, current
 from temperament.nn.logprobs import best, correct, entropy, kl, label, sample, score, top
 
 V = 67
@@ -320,6 +321,32 @@ def test_an_adapter_on_the_head_and_a_hook_on_it_are_seen():
     got = score(model, tokens, chunk=3)
     assert got.streamed
     close(gradient(model, (got["label"] * tokens.weights).sum()), want)
+
+
+class Dropping(Wrapped):
+    """An adapter that drops half of what it reads in a training step, as LoRA with dropout does."""
+
+    def forward(self, x):
+        address = current().draws
+        return self.base(x) + self.b(self.a(draws.dropout(x, 0.5, None if address is None else address.at("head"))))
+
+
+def test_an_adapter_on_the_head_drops_what_it_would_of_whole_rows():
+    model = build(DECODERS["gemma2"])
+    model.set_output_embeddings(Dropping(model.get_output_embeddings()))
+    tokens, seed = rows_of([[d] for d in documents(4)]), secrets.randbits(30)
+    with context(draws=draws.Address(seed, "forward", 2, tokens.examples, tokens.positions)):
+        logp = model(**forward.inputs(model, tokens)).logits[:, :-1].log_softmax(-1)
+    want = (logp.gather(-1, tokens.ids[:, 1:, None])[..., 0] * tokens.weights[:, 1:]).sum()
+    wanted = gradient(model, want)
+    for chunk in (3, 1000):  # streamed, and in one piece
+        with context(draws=draws.Address(seed, "forward", 2, torch.empty(0, dtype=torch.long))):
+            got = score(model, tokens, chunk=chunk)
+        assert got.streamed
+        loss = (got["label"] * tokens.weights).sum()
+        assert torch.allclose(loss, want, rtol=1e-5)
+        close(gradient(model, loss), wanted)
+    assert abs(float((score(model, tokens)["label"] * tokens.weights).sum() - want)) > 1e-3  # nothing drops outside of a step
 
 
 class Version:

@@ -95,6 +95,13 @@ class Site:
             raise UserError(name, settings, f"{self.models} models are merged; give as many values")
         return [evaluate(s, self.bare, self.depth, name) for s in settings]
 
+    def parts_of_one(self, settings: Settings, of: str = "weights") -> list[float]:
+        """The values of `each`, divided by their sum."""
+        w = self.each(settings, of)
+        if sum(w) == 0:
+            raise UserError(f"{self.method}.{of}", settings, "they sum to 0, so none is a share of the whole; change them")
+        return [a / sum(w) for a in w]
+
     def spans(self) -> list[tuple[int, int]]:
         """(start, stop) of its blocks: whole rows or the whole tensor where the method's grain asks for it."""
         size = BLOCK

@@ -393,7 +393,7 @@ def invert(
         mend = "a consistency model forgets the noise it began from; use one of diffusion or flow"
         raise UserError("base", denoiser.base.id, mend)
     times = process.grid(steps).to(denoiser.device)
-    with denoiser.active():
+    with denoiser.active(), context(draws=None):
         conditions = denoiser.encode([""] * len(x) if captions is None else captions)
         for step in reversed(range(steps)):
             tell(step)

@@ -471,7 +471,7 @@ def _prompt(row):
 
 def _tokenised(row):
     ids = row.get("input_ids")
-    if not isinstance(ids, (list, tuple)) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not isinstance(ids, (list, tuple)) or not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise Unfit("column 'input_ids' is not a list of token ids")
     weights = [1.0] * len(ids)
     for name in ("labels", "completion_mask", "assistant_masks", "attention_mask"):

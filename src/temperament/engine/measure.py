@@ -66,7 +66,7 @@ class System:
         for at in range(0, len(captions), self.batch):
             some = slice(at, at + self.batch)
             made.append(denoise(view, captions[some], sampler, seed=self.seed, ids=ids[some], hooks=hooks).pixels.cpu())
-        return torch.cat(made)
+        return torch.cat(made) if made else torch.empty(0, 3, 0, 0)
 
     def asked(self, prompt: str | list) -> str | list:
         """A question in the form in which the model is asked it."""

@@ -42,6 +42,14 @@ class Process(Protocol):
     def start(self, noise: Tensor) -> Tensor: ...
 
 
+def share(process: Process, t: Tensor) -> Tensor:
+    """(rows,): what an error of 1 in what the network says makes in the picture, whose estimate is affine in it.
+
+    epsilon -s / a; v_prediction -s; sample 1; flow -t; EDM c_out."""
+    one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64, device=t.device)
+    return process.clean(one, torch.zeros_like(one), t).flatten()
+
+
 def _wide(v: Tensor, x: Tensor) -> Tensor:
     """(rows,) beside (rows, C, H, W), in its precision."""
     return v.to(x).view(-1, *(1 for _ in x.shape[1:]))
@@ -253,6 +261,10 @@ def process_of(scheduler: Any) -> Process:
     config = dict(getattr(scheduler, "config", scheduler))
     name = config.get("_class_name", type(scheduler).__name__)
     if "Flow" in name:
+        for grid in ("use_dynamic_shifting", "shift_terminal"):
+            if config.get(grid):
+                mend = "sampling takes other steps with it, which are not known here; use a base without it, or leave it out"
+                raise UserError(f"scheduler.{grid}", config[grid], mend)
         return Flow(config.get("shift", 1.0), float(config.get("num_train_timesteps", 1000)))
     predicts = config.get("prediction_type", "epsilon")
     if "CMStochastic" in name or ("EDM" in name and predicts == "epsilon"):

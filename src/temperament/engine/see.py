@@ -7,6 +7,7 @@
     say(model, base, features)                  (rows, classes) what a head makes of features; `directions`: its weight
     image_features, text_features               (rows, width) on the unit sphere, of a dual encoder (CLIP)
     fits(model, base, pixels, captions)         (rows, k): the logit of each of a picture's k captions
+    cost(logits, labels)                        (rows,) cross-entropy of each picture's class
 
 pixels (rows, 3, H, W) in 0..1. `model` is a module or a view of one; ViTs, residual networks and CLIP are called alike.
 """
@@ -138,6 +139,15 @@ def _added(model: Model, head: str) -> ClassHead:
         mend = f"the model has no such head; {nearest(head, known) if known else 'add adapters.class_head'}"
         raise UserError("head", head, mend)
     return known[head]
+
+
+def cost(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """(rows,): the cross-entropy of each picture's class, nats; 0 where it has none."""
+    if int(labels.max()) >= logits.shape[1]:
+        mend = "give this source as `of`, of adapters.class_head or of the objective"
+        mend = f"the model tells {logits.shape[1]} classes apart; {mend}"
+        raise UserError("train.source", f"class {int(labels.max())}", mend)
+    return F.cross_entropy(logits, labels.clamp(min=0), reduction="none", label_smoothing=smoothing) * (labels >= 0)
 
 
 def newest(model: Model) -> str | None:

@@ -15,7 +15,7 @@ logits at the first call, and where nothing fits the logits are made whole: `Sco
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from temperament.errors import UserError
 from temperament.nn import draws, forward
 from temperament.nn.batch import Tokens
 from temperament.nn.context import context, current
+from temperament.nn.draws import Address
 from temperament.nn.forward import Model
 
 SMALL = 1 << 22  # logits (16 MiB in fp32) that are not worth a second pass through the head, however many rows
@@ -215,9 +216,9 @@ def score(
     sides = [None if r.side is None else r.side.reshape(rows * length, *r.side.shape[2:])[at] for r in made]
 
     def reduce(part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        logits = mine.logits(tensors[0])
+        logits = mine.logits(tensors[0], part)
         with torch.no_grad():
-            beside = {key: state.logits(t) for (key, state), t in zip(states.items(), tensors[1:], strict=True)}
+            beside = {key: state.logits(t, part) for (key, state), t in zip(states.items(), tensors[1:], strict=True)}
         s = Slice(logits, labels[part], examples[part], positions[part], others=beside)
         out: dict[str, Tensor] = {}
         for r, side in zip(made, sides, strict=True):
@@ -264,11 +265,12 @@ class _State:
     straight: bool
     after: Callable[[Tensor], Tensor] | None = None
     why: str = ""
+    draws: Address | None = None  # (n,): where the head draws
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def logits(self, rows: Tensor, part: slice) -> Tensor:
         if self.after is None:
             return rows
-        with forward.active(self.model):
+        with forward.active(self.model), context(draws=_picked(self.draws, part)):
             return self.after(forward.head_of(self.model)(rows[None])[0])
 
 
@@ -282,12 +284,17 @@ def _run(model: Model, tokens: Tokens, at: Tensor, given: Any, chunk: int, keep_
         head = forward.head_of(model)
         if head is None:
             return _unstreamed(model, tokens, kwargs, index, straight, "the model names no output head")
-        catch = _Catch(tokens.ids.shape, index, straight)
-        hook = head.register_forward_pre_hook(catch, prepend=True, with_kwargs=True)
+        address = _picked(current().draws, index)
+        catch = _Catch(tokens.ids.shape, index, straight, address)
+        hooks = [
+            head.register_forward_pre_hook(catch, prepend=True, with_kwargs=True),
+            head.register_forward_hook(catch.leave, always_call=True),
+        ]
         try:
             seen = model(**kwargs).logits
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         if catch.rows is None or catch.calls != 1 or seen.shape[:2] != catch.passed.shape[:2]:
             return _unstreamed(model, tokens, kwargs, index, straight, "its output head is not called once on (rows, T, width)")
         if straight:
@@ -295,7 +302,7 @@ def _run(model: Model, tokens: Tokens, at: Tensor, given: Any, chunk: int, keep_
         after = _after_head(model, head, catch.passed, seen)
         if after is None:
             return _unstreamed(model, tokens, kwargs, index, straight, "it changes its logits in an unknown way")
-        return _State(model, catch.rows, straight=False, after=after)
+        return _State(model, catch.rows, straight=False, after=after, draws=address)
 
 
 def _addressed(tokens: Tokens) -> AbstractContextManager:
@@ -307,15 +314,24 @@ def _addressed(tokens: Tokens) -> AbstractContextManager:
     return context(mask=tokens.mask, draws=address)
 
 
+def _picked(address: Address | None, part: Tensor | slice) -> Address | None:
+    """The address of some of its places, in one row."""
+    if address is None:
+        return None
+    examples, positions = (None if x is None else x.reshape(-1)[part][None] for x in (address.examples, address.positions))
+    return replace(address, examples=examples, positions=positions)
+
+
 class _Catch:
-    """Forward-pre-hook of the head: keeps the rows wanted, and lets the model go on with all of them if they are few, else
-    with four to compare, at sizes (1 to 64 fold) that tell a soft cap from none.
+    """Hooks of the head: keeps the rows wanted, and lets the model go on with all of them, which draw where they stood, if they
+    are few, else with four to compare, at sizes (1 to 64 fold) that tell a soft cap from none.
     """
 
-    def __init__(self, shape: torch.Size, index: Tensor, straight: bool):
-        self.shape, self.index, self.straight = shape, index, straight
+    def __init__(self, shape: torch.Size, index: Tensor, straight: bool, draws: Address | None):
+        self.shape, self.index, self.straight, self.draws = shape, index, straight, draws
         self.rows: Tensor | None = None
         self.calls = 0
+        self.inside = ExitStack()
 
     def __call__(self, head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.calls += 1
@@ -331,7 +347,11 @@ class _Catch:
         else:
             few = self.rows[:4].detach()
             self.passed = (few * few.new_tensor([1, 4, 16, 64])[: len(few), None])[None]
+        self.inside.enter_context(context(draws=self.draws if self.straight and len(self.rows) else None))
         return (self.passed, *args[1:]), kwargs
+
+    def leave(self, *_: Any) -> None:
+        self.inside.close()
 
 
 def _unstreamed(model: Model, tokens: Tokens, kwargs: dict, index: Tensor, straight: bool, why: str) -> _State:
@@ -349,7 +369,7 @@ def _after_head(model: Model, head: nn.Module, passed: Tensor, seen: Tensor) -> 
     """The function f with f(head(passed)) = seen, the model's own logits; found once, None if unknown."""
     module = forward.module_of(model)
     if module not in _known:
-        with torch.no_grad():
+        with torch.no_grad(), context(draws=None):  # as `seen` was made
             raw = head(passed)
         rtol = 1e-5 if raw.dtype == torch.float32 else 2e-2
         same = lambda f: torch.allclose(f(raw).float(), seen.float(), rtol=rtol, atol=1e-6)

@@ -48,6 +48,20 @@ class Param:
         return self.held.shape
 
 
+def record(places: Any, name: str, place: Any, tensor: Tensor, **more: Any) -> Param:
+    """Of a parameter of the base. Weight decay pulls on weights alone: on no bias, no norm."""
+    role = "bias" if name.endswith("bias") else "weight"
+    decay = role == "weight" and place.category != "norm"
+    return Param(name, tensor, role, places.depth_of(name), decay=decay, **more)
+
+
+def records(base: Any, keep: Callable[[Any], bool]) -> list[Param]:
+    """Of the base's parameters at the places that `keep`; tied ones once."""
+    at = base.places.parameters()
+    known = [(name, at[name][0], tensor) for name, tensor in base.parameters() if name in at]
+    return [record(base.places, name, place, tensor, base=tensor) for name, place, tensor in known if keep(place)]
+
+
 @dataclass
 class Trained:
     """What a trainable part leaves on the base. pieces: by parameter name of the base weight they change. around: what is no

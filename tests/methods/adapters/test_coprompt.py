@@ -241,7 +241,7 @@ def test_few_of_some_classes_and_the_loss_of_their_words():
     z = see.scale(base.model) * v @ see.text_features(base.model, base, [f"a {n}" for n in some]).T
     assert told.terms["cross_entropy"] == pytest.approx(float(F.cross_entropy(z, rows.labels).detach()), rel=1e-4)
     rows.labels[0] = 4
-    with pytest.raises(UserError, match="names 3 classes"):
+    with pytest.raises(UserError, match="tells 3 classes apart"):
         gradients(it, part, rows, 5)
     for wrong, said in (({"shots": 10**6}, "ask for fewer"), ({"only": ["bar", "disk"]}, r"did you mean 'disc'")):
         with pytest.raises(UserError, match=said):

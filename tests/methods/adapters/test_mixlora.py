@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_balance_is_a_times_k_at_uniform_use():
     assert torch.allclose(value, torch.tensor(2.0))
 
 
-def gradients(base, kind, micro, extra=(), objective=None, batch=None):
+def gradients(base, kind, micro, extra=(), objective=None, batch=None, mark=None):
     trainable = MixLoRA(experts=4, k=2, rank=2, balance=0.5, std=1.0)
     objective = objective or CrossEntropy()
     s = spec(trainable=[trainable], source=Rows(kind), batch=6, micro=micro, regularizers=list(extra), objective=objective)
@@ -90,6 +92,8 @@ def gradients(base, kind, micro, extra=(), objective=None, batch=None):
     g = torch.Generator().manual_seed(5)
     for p in player.live.params.values():
         p.tensor.data += 0.1 * torch.randn(p.tensor.shape, generator=g)
+    if mark:
+        player.live.mark(mark)
     batch = s.source.open(ctx).batch(0) if batch is None else batch
     got = run_batch(player, next(iter(player.objectives.values())), batch, Progress(0, 1), micro)
     found = {n: p.tensor.grad for n, p in player.live.params.items()}
@@ -104,6 +108,23 @@ def test_the_balance_of_a_batch_does_not_depend_on_its_split(kind):
     (one, a), (two, b) = (gradients(base, kind, micro, extra, objective) for micro in (6, 1))
     assert abs(one.terms["balance"] - two.terms["balance"]) < 1e-5
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+
+
+@dataclass(frozen=True)
+class BesideItsMean(CrossEntropy):
+    """The plain loss, with a forward of the running mean in it."""
+
+    def loss(self, micro, views):
+        with torch.no_grad():
+            views.view("ema")(input_ids=micro.ids)
+        return super().loss(micro, views)
+
+
+def test_a_forward_of_another_version_counts_for_nothing():
+    base, rows = tiny(), tokens(6, fresh())
+    alone, a = gradients(base, "Tokens", 3, batch=rows)
+    beside, b = gradients(base, "Tokens", 3, objective=BesideItsMean(), batch=rows, mark="ema")
+    assert beside.terms == alone.terms and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_the_term_is_the_definition_over_real_tokens():

@@ -31,8 +31,10 @@ def test_identities_of_the_combination():
     assert torch.allclose(p(eft, three).double(), want / want.sum(-1, keepdim=True), atol=1e-5)
     for n in three:
         assert torch.allclose(p(eft, three), p(eft, three | {n: z[n] + 4.2}), atol=1e-6)
-    blend = EFT("t", "r", also="a", mix=1.0)
-    assert torch.allclose(p(blend, z), p(eft, three), atol=1e-6)
+    blend = EFT("t", "r", also="a", mix=0.3)
+    assert torch.allclose(p(blend, z | {"also": z["tuned"]}), p(eft, three), atol=1e-6)
+    with pytest.raises(ValueError, match="mix must not be 1"):
+        EFT("t", "r", also="a")
     assert torch.allclose(p(EFT("t", "r", "a", mix=0.0), z), p(eft, three | {"tuned": z["also"]}), atol=1e-6)
     barred = p(EFT("t", "r", nucleus=0.5), three)
     top = z["model"].softmax(-1)

@@ -48,6 +48,7 @@ def test_a_sampler_of_the_recipe_is_used():
     handle = net.register_forward_hook(lambda *a: calls.append(1))
     pixels = System(base, parts_).paint(["a red bar"] * 3)
     handle.remove()
+    assert len(System(base, parts_).paint([])) == 0
     assert len(calls) == 2 and pixels.shape == (3, 3, 16, 16) and 0 <= pixels.min() <= pixels.max() <= 1
 
 

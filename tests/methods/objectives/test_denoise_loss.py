@@ -8,7 +8,7 @@ import torch
 from temperament import parts
 from temperament.bases import train_diffusion as lab
 from temperament.engine.denoise import Denoiser, covered
-from temperament.engine.noise import Diffusion
+from temperament.engine.noise import Diffusion, Edm, Flow
 from temperament.nn.batch import Images
 from temperament.protocols import Progress
 from temperament.run.training import quiet_training
@@ -82,23 +82,33 @@ def test_it_is_the_formula(base):
     target = row.noise - x if base.id == "lab/flow" else wide(a) * row.noise - wide(s) * x
     with torch.no_grad():
         error = (denoiser(row.x, row.t, denoiser.encode(whole.captions)) - target).square().flatten(1).mean(1)
-    want = error * torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
+    want = error * torch.minimum(snr, torch.tensor(5.0)) * s**2
     torch.testing.assert_close(got["mse"].value, want[~whole.prior].sum(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["prior"].value, want[whole.prior].sum(), rtol=1e-4, atol=1e-5)
     assert got["prior"].count == 2
 
 
-def test_min_snr_is_one_weight_on_the_error_of_the_picture_whatever_the_network_says():
-    """Of a variance preserving process: min(snr, gamma) |x^ - x|^2."""
+BETAS = tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
+STEPS = torch.tensor([1.0, 30.0, 200.0, 500.0, 800.0, 990.0])
+PROCESSES = [
+    *((Diffusion(BETAS, says), STEPS) for says in ("epsilon", "v_prediction", "sample")),
+    (Diffusion(BETAS, boundary=True), STEPS),
+    (Flow(), STEPS / 1000),
+    (Edm(boundary=False), STEPS / 20),
+    (Edm(), STEPS / 20),
+]
+
+
+@pytest.mark.parametrize("process, t", PROCESSES)
+def test_min_snr_is_one_weight_on_the_error_of_the_picture_whatever_the_network_says(process, t):
+    """min(snr, gamma) |x^ - x|^2."""
     g = torch.Generator().manual_seed(fresh())
-    x, n, out = (torch.randn(6, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
-    t = torch.tensor([1.0, 30.0, 200.0, 500.0, 800.0, 990.0])
+    x, n, wrong = (torch.randn(6, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
     objective = parts.build({"objectives.diffusion.denoise": {"min_snr": 5.0}})
-    for says in ("epsilon", "v_prediction", "sample"):
-        process = Diffusion(tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()), says)
-        a, s = (v.double() for v in process.scales(t))
-        x_t = a.view(-1, 1, 1, 1) * x + s.view(-1, 1, 1, 1) * n
-        error = (out - process.target(x, n, t)).square().flatten(1).mean(1)
-        picture = (process.clean(out, x_t, t) - x).square().flatten(1).mean(1)
-        got = error * objective._weight(SimpleNamespace(process=process), t)
-        torch.testing.assert_close(got, (a / s).square().clamp(max=5.0) * picture, rtol=1e-4, atol=1e-8)
+    a, s = (v.double() for v in process.scales(t))
+    x_t, right = a.view(-1, 1, 1, 1) * x + s.view(-1, 1, 1, 1) * n, process.target(x, n, t)
+    picture = (process.clean(right + wrong, x_t, t) - process.clean(right, x_t, t)).square().flatten(1).mean(1)
+    got = wrong.square().flatten(1).mean(1) * objective._weight(SimpleNamespace(process=process), t)
+    torch.testing.assert_close(got, (a / s).square().clamp(max=5.0) * picture, rtol=1e-4, atol=1e-10)
+    if not getattr(process, "boundary", False) or isinstance(process, Edm):  # what it should say shows the picture
+        torch.testing.assert_close(process.clean(right, x_t, t), x, rtol=1e-4, atol=1e-4)

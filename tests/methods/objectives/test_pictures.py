@@ -36,11 +36,26 @@ def test_a_head_that_was_added_is_the_one_trained():
     got, told = gradients(it, parts.build("objectives.classify.cross_entropy"), rows, 5)
     assert told.terms["cross_entropy"] == pytest.approx(torch.tensor(10.0).log().item(), rel=1e-5)  # every digit is as likely
     assert all(g.norm() > 0 for g in got.values()) and len(got) == 2
-    with pytest.raises(UserError, match=r"has 5 classes.*class_head"):
+    with pytest.raises(UserError, match=r"tells 5 classes.*class_head"):
         gradients(live(seeing()), parts.build("objectives.classify.cross_entropy"), rows, 5)
     rows.labels = None
     with pytest.raises(UserError, match="no labels"):
         gradients(it, parts.build("objectives.classify.cross_entropy"), rows, 5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objectives.classify.cross_entropy": {}},
+        {"objectives.classify.noise_mask": {"masker": None, "grid": 4, "kernel": 3}},
+        {"objectives.robust.rmt": {"contrast": 0.0}},
+    ],
+)
+def test_a_class_that_the_head_does_not_have_is_a_sentence(options):
+    rows = images()
+    rows.labels[-1] = 5
+    with pytest.raises(UserError, match=r"class 5.*tells 5 classes.*class_head"):
+        gradients(live(seeing()), parts.build(options), rows, 5)
 
 
 def test_clip_is_transformers_own_where_captions_differ():

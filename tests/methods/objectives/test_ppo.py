@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from temperament.errors import UserError
 from temperament.methods.adapters.lora import LoRA
 from temperament.methods.adapters.value_head import ValueHead
 from temperament.methods.objectives.policy.ppo import PPO, at_the_end, generalised_advantages
@@ -146,6 +149,12 @@ def test_several_updates_on_one_rollout_prepare_it_once():
     assert asked == [0, 1] and steps == (["policy"] * 6 + ["critic"] * 2) * 2
     assert {"policy/policy", "policy/kl", "critic/value"} <= rows[0]["terms"].keys()
     close(both)
+
+
+def test_a_denoising_chain_takes_no_critic():
+    chain = SimpleNamespace(tokens=SimpleNamespace(weights=torch.ones(2, 3)))
+    with pytest.raises(UserError, match="critic: null"):
+        PPO().prepare(chain, None)
 
 
 def test_partial_marks():

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import at_work, gradients, images, live, rng, seed, seeing, shake
+from tiny import at_work, gradients, images, live, rng, seed, seeing, shake, views
 
 from temperament import parts
 from temperament.engine import see
@@ -117,6 +117,11 @@ def test_first_in_first_out_once_a_step():
         bank.after_step(Progress(k, 4))
         shake(it, 0.01)
     bank.after_step(Progress(3, 4))
+    nameless = images(4)
+    nameless.labels[:] = -1
+    bank.prepare(nameless, views(it))  # nothing is met, so nothing enters
+    assert bank.met is None and bank.loss(None, views(it)) == {}
+    bank.after_step(Progress(4, 5))
     known = torch.cat([first.labels, *(r.labels[r.labels >= 0] for r in more)])[-10:]
     assert torch.equal(bank.labels, known) and len(bank.kept) == len(bank.tuned) == 10
     with it.at("base") as model, torch.no_grad():

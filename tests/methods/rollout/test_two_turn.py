@@ -20,6 +20,7 @@ from temperament.methods.data.corrections import Corrections
 from temperament.methods.data.lab import LabData
 from temperament.methods.decode.second_turn import APART, SecondTurn
 from temperament.methods.rewards.lab import LabOracle
+from temperament.methods.rewards.number import Number
 from temperament.methods.rollout.two_turn import TwoTurn
 from temperament.methods.select.full import Full
 from temperament.nn.logprobs import label, score
@@ -132,6 +133,18 @@ def test_corrections_are_rows_of_the_same_words(base):
         assert encode(Prompt(r["prompt"]), tok).ids == x2
     chat = Corrections(rows).second([{"role": "user", "content": "q"}], "a")
     assert [m["role"] for m in chat] == ["user", "assistant", "user"] and chat[-1]["content"] == INSTRUCTION
+
+
+def test_a_first_answer_with_part_of_the_mark_is_wrong(base):
+    ctx = context(base)
+    kept = lambda partial: [
+        r
+        for r in Corrections(LabData(["add"], rows=9), [Number(partial=partial)], "wrong", AGAIN, max_new=5).make(ctx)
+        if "completion" in r
+    ]
+    without, partly = kept(0.0), kept(0.1)
+    assert [r["prompt"] for r in partly] == [r["prompt"] for r in without] and partly
+    assert {r["right_1"] for r in partly} <= {0.0, 0.1} and any(r["right_1"] for r in partly)
 
 
 def test_what_cannot_be_is_said(base):

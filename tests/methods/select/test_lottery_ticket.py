@@ -35,6 +35,7 @@ def test_the_mask_is_the_top_k_of_all_tensors_together(tmp_path):
     player = steps(base, 3, ctx=ctx(base), trainable=[LotteryTicket("full", entries=K)], optimizer=AdamW(lr=1e-2))
     chosen = {n: p.entries for n, p in player.live.params.items()}
     assert sum(map(len, chosen.values())) == K
+    assert {n: p.decay for n, p in player.live.params.items()} == {n: "norm" not in n for n in chosen}
     inside = torch.cat([moved[n].reshape(-1)[i] for n, i in chosen.items()])
     left = {n: ~torch.isin(torch.arange(m.numel()), chosen.get(n, torch.empty(0))) for n, m in moved.items()}
     outside = torch.cat([m.reshape(-1)[left[n]] for n, m in moved.items()])

@@ -53,7 +53,7 @@ class Mixture(Around):
         flat = x.reshape(-1, x.shape[-1])
         probabilities, experts, weights = self.route(flat)
         now = current()
-        if now.draws is not None:  # only a training step asks
+        if now.draws is not None and self.tensors["router"].requires_grad:  # only a training step asks, of no other version
             mask = torch.ones(flat.shape[0], dtype=torch.bool, device=x.device) if now.mask is None else now.mask.reshape(-1)
             now.streams.setdefault(STREAM, []).append((probabilities, experts, mask))
         shared = {role: self.maps[role](flat) for role in ("gate", "up") if role in self.maps}  # once for all experts

@@ -20,8 +20,9 @@ class Corrections:
         prompt = x1, y1, `again`       completion = the given answer             y1 ~ the model as this step finds it
 
     A `build` step. Supervision on it is the usual way to teach self-correction (Pair-SFT), and a short warm-up for
-    reinforcement where a base has never met a second turn. It shows errors of a model that training then leaves. Columns
-    beside: right_1, what the rewards said of y1. Source: Kumar et al. 2024, SCoRe (paper 174), its baselines.
+    reinforcement where a base has never met a second turn. It shows errors of a model that training then leaves. y1 is wrong
+    where the rewards give it less than the given answer. Columns beside: right_1, what the rewards said of y1. Source: Kumar et
+    al. 2024, SCoRe (paper 174), its baselines.
     """
 
     rows: Examples  # prompts with the answers they should get
@@ -49,8 +50,10 @@ class Corrections:
         made = respond(ctx, ctx.base.model, asked, sampling, 0, list(range(len(numbers))))
         texts = [ctx.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in made.ids]
         for i, text in zip(numbers, texts, strict=True):
-            p, mark = prompts[i], judged(self.rewards, [], prompts[i], [text])[0] if self.rewards else None
-            if self.first == "wrong" and mark > 0:
+            p, mark, full = prompts[i], None, 0.0
+            if self.rewards:
+                mark, full = judged(self.rewards, [], p, [text, p.meta["answer"]])
+            if self.first == "wrong" and mark >= full:
                 yield {"prompt": p.prompt, "rejected_because": "its first answer is right"}
                 continue
             yield {"prompt": self.second(p.prompt, text), "completion": said(p, p.meta["answer"]), "right_1": mark}

@@ -31,13 +31,15 @@ class EFT:
     tuned: str  # a base, a run folder or a model folder: the small model after its tuning
     reference: str  # and before
     also: str | None = None  # the small model after another tuning
-    mix: float = 1.0  # share of `tuned`; the rest is that of `also`, if given
+    mix: float = 1.0  # share of `tuned`; the rest is that of `also`, where it is given
     nucleus: float = 1.0  # probability of pi within which tokens may come
     draft: int = 0  # tokens that `tuned` runs ahead; 0: none
 
     def __post_init__(self):
         if not 0 < self.nucleus <= 1 or self.draft < 0:
             raise ValueError("nucleus lies in (0, 1], and draft is not negative")
+        if self.also and self.mix == 1:
+            raise ValueError("mix must not be 1 where a model is named in `also`: it would count for nothing")
 
     def models(self, base: Any) -> dict[str, Any]:
         device = str(next(base.model.parameters()).device)

@@ -31,8 +31,7 @@ class Karcher(Blockwise):
     tolerance: float = 1e-5  # length of a step at which it ends
 
     def plan(self, site: Site):
-        w = site.each(self.weights, "weights")
-        w = torch.tensor(w, dtype=torch.float64) / sum(w)
+        w = torch.tensor(site.parts_of_one(self.weights), dtype=torch.float64)
         G = sum((yield Gather(gram)))
         lengths = G.diagonal().sqrt()
         live = lengths > self.tolerance

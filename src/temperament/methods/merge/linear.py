@@ -7,7 +7,6 @@ from typing import Any, Literal
 from temperament.delta import Delta, Dense, Replace
 from temperament.delta.merge_run import averaged_additions
 from temperament.delta.merging import Blockwise, Setting, Site
-from temperament.errors import UserError
 from temperament.methods.merge._kernels import weighted_sum
 from temperament.parts import part
 
@@ -42,12 +41,9 @@ class Linear(Blockwise):
         return lambda b: weighted_sum(b.x, w)
 
     def coefficients(self, site: Site) -> list[float]:
-        w = site.each(self.weights, "weights")
-        total = sum(w) if self.normalise else 1.0
-        if total == 0:
-            raise UserError("merge.linear.weights", self.weights, "they sum to 0; set normalise: false or change them")
+        w = site.parts_of_one(self.weights) if self.normalise else site.each(self.weights, "weights")
         scale = site.one(self.scale, "scale")
-        return [scale * a / total for a in w]
+        return [scale * a for a in w]
 
     def scale_delta(self, delta: Delta, strength: float, places: Any = None) -> Delta:
         return delta * strength

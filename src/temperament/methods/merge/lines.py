@@ -30,6 +30,11 @@ class LiNeS(Blockwise):
     beta: float | None = None  # what the last block has more; default 1 - alpha
     of: Merge | None = None  # the merge whose result is shaped; none: the one delta given, or the mean of several
 
+    def __post_init__(self):
+        if not isinstance(self.inner, Blockwise):  # it searches or trains, of which a wrapper would show nothing
+            name = type(self.inner).part_name
+            raise ValueError(f"of must be a merge tensor by tensor, which {name} is not; shape its result in a later merge")
+
     @property
     def inner(self) -> Any:
         return self.of or build("merge.linear", Merge)

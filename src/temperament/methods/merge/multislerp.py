@@ -36,8 +36,7 @@ class MultiSlerp(Blockwise):
         return self.about == "base"
 
     def plan(self, site: Site):
-        w = site.each(self.weights, "weights")
-        w = [a / sum(w) for a in w] if self.normalise else w
+        w = site.parts_of_one(self.weights) if self.normalise else site.each(self.weights, "weights")
         if len(w) == 1:
             return lambda b: b.x[0]
         G = sum((yield Gather(gram)))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from temperament.parts import part
+from temperament.parts import number, part
 
 
 @part("optim.adamw")
@@ -25,7 +25,7 @@ class AdamW:
     weight_decay: float = 0.0  # decoupled decay of matrices, times lr
 
     def __post_init__(self):
-        if isinstance(self.lr, (int, float)) and self.lr < 0:
+        if number(self.lr, 0.0) < 0:
             raise ValueError("lr must not be negative")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas must lie in [0, 1)")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from temperament.parts import part
+from temperament.parts import number, part
 
 
 @part("optim.sgd")
@@ -18,7 +18,7 @@ class SGD:
     weight_decay: float = 0.0  # added to the gradient: decay * W
 
     def __post_init__(self):
-        if isinstance(self.lr, (int, float)) and self.lr < 0:
+        if number(self.lr, 0.0) < 0:
             raise ValueError("lr must not be negative")
         if not 0 <= self.momentum < 1:
             raise ValueError("momentum must lie in [0, 1)")

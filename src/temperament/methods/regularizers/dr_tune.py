@@ -12,7 +12,7 @@ from temperament.engine import see
 from temperament.errors import UserError
 from temperament.nn.batch import Batch, Images
 from temperament.nn.linalg import rotation
-from temperament.parts import at, part
+from temperament.parts import at, number, part
 from temperament.protocols import Term, Terms
 
 
@@ -49,7 +49,7 @@ class DRTune:
     def __post_init__(self):
         if self.bank < 1 or self.rotate_every < 1:
             raise ValueError("bank and rotate_every must be at least 1")
-        if isinstance(self.weight, float) and self.weight < 0:
+        if number(self.weight, 0.0) < 0:
             raise ValueError("weight must not be negative")
 
     @property
@@ -94,6 +94,8 @@ class Bank:
 
     def prepare(self, whole: Batch, views: Any) -> None:
         pictures = labelled(whole)
+        if not len(pictures):
+            return
         head = self.part.head or see.newest(views.model)
         d = views.precompute("live", pictures, lambda m, rows: see.features(m, self.base, rows.pixels, head))
         p = views.precompute(self.part.version, pictures, lambda m, rows: see.features(m, self.base, rows.pixels))
@@ -114,7 +116,7 @@ class Bank:
             p = calibrated(p, self.tuned.to(w.device), labels, w, float(now.norm(dim=1).mean()), turn)
         logits = see.say(model, self.base, p, head).float()
         weight = part.weight if part.weight is not None else len(labels) / len(now)
-        return {"dr_tune": Term(F.cross_entropy(logits, labels, reduction="none"), len(labels), weight=weight)}
+        return {"dr_tune": Term(see.cost(logits, labels), len(labels), weight=weight)}
 
     def after_step(self, progress: Any) -> None:
         if self.met is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from temperament.parts import part
+from temperament.parts import number, part
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -21,7 +21,7 @@ class Brightness:
     target: float = 1.0  # 1 as bright as can be, 0 black
 
     def __post_init__(self):
-        if isinstance(self.target, (int, float)) and not 0 <= self.target <= 1:
+        if not 0 <= number(self.target, 1.0) <= 1:
             raise ValueError("target lies in 0..1")
 
     def value(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temperament.parts import part
+from temperament.parts import number, part
 
 
 @part("rewards.compressibility", papers=["064"], modalities=("image",))
@@ -26,7 +26,7 @@ class Compressibility:
     step: float = 0.05  # of the quantiser, in pixels of 0..1: what is smaller costs little
 
     def __post_init__(self):
-        if isinstance(self.step, (int, float)) and self.step <= 0:
+        if number(self.step, 1.0) <= 0:
             raise ValueError("step must be above 0")
 
     def value(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:

@@ -9,7 +9,7 @@ from temperament.engine.responses import in_turn, judged, read_prompts, respond,
 from temperament.engine.tokens import Sampling
 from temperament.errors import UserError
 from temperament.nn.batch import Rollout
-from temperament.parts import at, part
+from temperament.parts import at, number, part
 from temperament.protocols import Examples, Reward
 
 
@@ -40,7 +40,7 @@ class Sample:
             raise ValueError("group must be at least 2: a response is judged against the others of its group")
         if self.weights and len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}")
-        if isinstance(self.temperature, (int, float)) and self.temperature <= 0:
+        if number(self.temperature, 1.0) <= 0:
             raise ValueError("temperature must be above 0: greedy responses are all alike")
 
     def open(self, ctx: Any) -> Stream:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from temperament.parts import part
-from temperament.train.trained import Param, Trained
+from temperament.train.trained import Trained, records
 
 
 @part("select.full")
@@ -20,28 +20,6 @@ class Full:
 
     def build(self, base, ctx) -> Trained:
         chosen = base.places.match(list(self.only), "select.full.only") if self.only else base.places.usual
-        wanted = {p.name for p in chosen}
         frozen = {p.name for p in base.places.match(list(self.freeze), "select.full.freeze")} if self.freeze else set()
-        return Trained(
-            params=parameters(base, lambda place: place.name in wanted and place.name not in frozen)
-        )
-
-
-def parameters(base, keep) -> list[Param]:
-    """Records of the base's parameters at the places that `keep`; tied ones once."""
-    records, places = [], base.places.parameters()
-    for name, tensor in base.parameters():
-        place, _ = places.get(name, (None, ""))
-        if place is not None and keep(place):
-            role = "bias" if name.endswith("bias") else "weight"
-            records.append(
-                Param(
-                    name,
-                    tensor,
-                    role,
-                    base.places.depth_of(name),
-                    base=tensor,
-                    decay=role == "weight" and place.category != "norm",
-                )
-            )
-    return records
+        wanted = {p.name for p in chosen} - frozen
+        return Trained(params=records(base, lambda place: place.name in wanted))

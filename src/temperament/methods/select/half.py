@@ -7,7 +7,7 @@ from typing import Any, Literal
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.parts import part
-from temperament.train.trained import Param, Trained
+from temperament.train.trained import Trained, records
 
 CATEGORIES = {"q": "attention", "k": "attention", "v": "attention", "o": "attention", "qkv": "attention", "kv": "attention",
               "gate": "mlp", "up": "mlp", "down": "mlp", "gate_up": "mlp"}  # fmt: skip
@@ -38,22 +38,8 @@ class Half:
             raise ValueError(f"share lies in (0, 1], not {self.share}")
 
     def build(self, base: Any, ctx: Any) -> Trained:
-        chosen, places = self.choose(base.places.usual, ctx.seed, ctx.round), base.places.parameters()
-        params = []
-        for name, tensor in base.parameters():
-            place, which = places.get(name, (None, ""))
-            if place is not None and place.name in chosen:
-                params.append(
-                    Param(
-                        name,
-                        tensor,
-                        which,
-                        base.places.depth_of(name),
-                        base=tensor,
-                        decay=place.category != "norm" and which == "weight",
-                    )
-                )
-        return Trained(params=params)
+        chosen = self.choose(base.places.usual, ctx.seed, ctx.round)
+        return Trained(params=records(base, lambda place: place.name in chosen))
 
     def choose(self, places: Any, seed: int, round: int = 0) -> set[str]:
         """Names of the places that are trained this time."""

@@ -10,7 +10,7 @@ from temperament.errors import UserError
 from temperament.nn import draws, linalg
 from temperament.parts import part
 from temperament.train.packed import values_at
-from temperament.train.trained import Param, Trained
+from temperament.train.trained import Trained, record
 
 
 @part("select.lottery_ticket", papers=["011"])
@@ -47,14 +47,11 @@ class LotteryTicket:
             raise UserError("select.lottery_ticket.of", self.of, "it changed no weights; name a step that trained a selection")
         here = dict(base.parameters())
         moved = {n: _moved(change, here[n], base.originals.get(n)) for n, change in delta.items()}
-        params = []
+        places, params = base.places.parameters(), []
         for name, entries in self.choose(moved, ctx.seed).items():
-            place, which = base.places.parameters()[name]
-            weight, depth = here[name], base.places.depth_of(name)
-            decay = which == "weight" and place.category != "norm"
-            params.append(
-                Param(name, values_at(weight, entries), which, depth, base=weight, dense=weight, entries=entries, decay=decay)
-            )
+            place, weight = places[name][0], here[name]
+            values = values_at(weight, entries)
+            params.append(record(base.places, name, place, values, base=weight, dense=weight, entries=entries))
         return Trained(params=params)
 
     @torch.no_grad()

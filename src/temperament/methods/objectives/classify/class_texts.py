@@ -3,13 +3,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
-
 from temperament.engine import see
 from temperament.engine.augment import looked
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Pictured, Term, Terms
 
 
@@ -33,7 +31,7 @@ class ClassTexts:
     def __post_init__(self):
         if "{}" not in self.template:
             raise ValueError("template must hold {} where the class stands")
-        if isinstance(self.look, float) and self.look < 0:
+        if number(self.look, 0.0) < 0:
             raise ValueError("look must not be negative")
 
     def counts(self, whole: Images) -> dict[str, float]:
@@ -47,10 +45,6 @@ class ClassTexts:
         texts = see.text_features(model, base, [self.template.format(c) for c in self.of.classes(base)])
         pixels = looked(micro.pixels, micro.examples, views.seed, "one", self.look)
         logits = (see.scale(model) * see.image_features(model, base, pixels) @ texts.T).float()
-        known, labels = micro.labels >= 0, micro.labels.clamp(min=0)
-        if int(labels.max()) >= len(texts):
-            mend = f"`of` names {len(texts)} classes; give it the source the step trains on"
-            raise UserError("objectives.classify.class_texts.of", f"class {int(labels.max())}", mend)
-        each, n = F.cross_entropy(logits, labels, reduction="none") * known, float(known.sum())
-        right = (logits.detach().argmax(-1) == labels) * known
+        each, n = see.cost(logits, micro.labels), float((micro.labels >= 0).sum())
+        right = logits.detach().argmax(-1) == micro.labels
         return {"cross_entropy": Term(each, n), "accuracy": Term(right.float(), n, weight=0)}

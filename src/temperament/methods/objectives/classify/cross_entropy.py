@@ -3,12 +3,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
-
 from temperament.engine import see
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -27,7 +25,7 @@ class CrossEntropy:
     head: str | None = None  # the head that is asked; null: the newest that was added, else the base's own
 
     def __post_init__(self):
-        if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 1:
+        if not 0 <= number(self.label_smoothing, 0.0) < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
 
     def counts(self, whole: Images) -> dict[str, float]:
@@ -39,11 +37,6 @@ class CrossEntropy:
     def loss(self, micro: Images, views: Any) -> Terms:
         head = self.head or see.newest(views.model)
         logits = see.logits(views.model, views.live.base, micro.pixels, head).float()
-        if int(micro.labels.max()) >= logits.shape[1]:
-            mend = f"the head that is trained has {logits.shape[1]} classes; add adapters.class_head with `of` this source"
-            raise UserError("train.source", f"class {int(micro.labels.max())}", mend)
-        known, labels = micro.labels >= 0, micro.labels.clamp(min=0)
-        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing) * known
-        n = float(known.sum())
-        right = (logits.detach().argmax(-1) == labels) * known
+        each, n = see.cost(logits, micro.labels, self.label_smoothing), float((micro.labels >= 0).sum())
+        right = logits.detach().argmax(-1) == micro.labels
         return {"cross_entropy": Term(each, n), "accuracy": Term(right.float(), n, weight=0)}

@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from temperament.engine import see
@@ -11,7 +10,7 @@ from temperament.engine.mask import log_beta, masked
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -40,7 +39,7 @@ class NoiseMask:
     def __post_init__(self):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError("kernel must be odd and at least 1")
-        if (isinstance(self.sigma, (int, float)) and self.sigma < 0) or self.grid < 1:
+        if number(self.sigma, 0.0) < 0 or self.grid < 1:
             raise ValueError("sigma must not be negative, grid at least 1")
         if self.mode == "official" and self.masker is None:
             raise ValueError("mode is official, which needs a masker")
@@ -56,7 +55,7 @@ class NoiseMask:
         raw = views.precompute(f"{self.masker}:live", whole, lambda m, r: policy(see.features(m, base, r.pixels)))
         a, b = policy.exponents(raw.to(policy.calmed)).exp().cpu().unbind(1)
         whole.drawn = draws.beta(a, b, views.seed, "mask", step, whole.examples)
-        whole.cost = views.precompute("live", whole, lambda m, r: _cost(self.logits(r, views), r.labels))
+        whole.cost = views.precompute("live", whole, lambda m, r: see.cost(self.logits(r, views), r.labels))
         if self.mode == "official":
             said = log_beta(whole.drawn, a, b).logsumexp(1)
             whole.weights = said.mean().expand(len(whole)).clone()
@@ -68,7 +67,7 @@ class NoiseMask:
 
     def loss(self, micro: Images, views: Any) -> Terms:
         logits = self.logits(micro, views)
-        each, n = _cost(logits, micro.labels), float((micro.labels >= 0).sum())
+        each, n = see.cost(logits, micro.labels), float((micro.labels >= 0).sum())
         right = (logits.detach().argmax(-1) == micro.labels).float()
         return {
             "cross_entropy": Term(each if micro.weights is None else each * micro.weights, n),
@@ -80,7 +79,3 @@ class NoiseMask:
         head = self.head or see.newest(views.model)
         pixels = masked(rows.pixels, rows.drawn, self.kernel, self.sigma)
         return see.logits(views.model, views.live.base, pixels, head).float()
-
-
-def _cost(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels.clamp(min=0), reduction="none") * (labels >= 0)

@@ -11,7 +11,7 @@ from temperament.engine import consistency
 from temperament.engine.denoise import Denoiser, addressed, unsaid
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -48,11 +48,11 @@ class ICT:
     def __post_init__(self):
         if isinstance(self.first, int) and isinstance(self.last, int) and not 2 <= self.first <= self.last:
             raise ValueError("first is at least 2 and at most last")
-        if self.spread is not None and isinstance(self.spread, float) and self.spread <= 0:
+        if number(self.spread, 1.0) <= 0:
             raise ValueError("spread must be above 0; null draws every pair as often")
-        if isinstance(self.huber, (int, float)) and self.huber <= 0:
+        if number(self.huber, 1.0) <= 0:
             raise ValueError("huber must be above 0; null takes the square of the distance")
-        if isinstance(self.unsaid, (int, float)) and not 0 <= self.unsaid <= 1:
+        if not 0 <= number(self.unsaid, 0.0) <= 1:
             raise ValueError("unsaid is a share from 0 to 1")
 
     @property

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from temperament.engine.denoise import Denoiser, addressed, covered
+from temperament.engine.noise import share
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -20,9 +21,9 @@ class Denoise:
     y: the noise, the velocity or the picture, as the base's scheduler says (engine/noise.py: epsilon, v, flow); d entries of
     a picture or its latents. Noise and times are addressed by (seed, row): any split gives the same gradient. The second
     term, with its own count, is DreamBooth's prior preservation (`data.prior_preservation` makes such rows); at the base it
-    is at its optimum, so it pulls only against what the first one changes. min-SNR weights: min(snr, gamma) over snr where the
-    network says the noise, over snr + 1 where a velocity, over 1 where the picture; snr = a^2 / s^2 (Hang et al. 2023).
-    Source: Ho et al. 2020; Ruiz et al. 2023 (paper 274)."""
+    is at its optimum, so it pulls only against what the first one changes. min-SNR weights: min(snr, gamma) times the squared
+    error of the picture, whatever the network says; snr = a^2 / s^2 (Hang et al. 2023). Source: Ho et al. 2020; Ruiz et al.
+    2023 (paper 274)."""
 
     prior: float = 1.0  # weight of the rows the base made itself
     unsaid: float = 0.0  # share of captions left out, so that guidance keeps its ground
@@ -31,8 +32,7 @@ class Denoise:
     batch: ClassVar = ("Images",)
 
     def __post_init__(self):
-        prior, unsaid, min_snr = (v if isinstance(v, (int, float)) else 1.0 for v in (self.prior, self.unsaid, self.min_snr))
-        if prior < 0 or not 0 <= unsaid <= 1 or min_snr <= 0:  # (a schedule is looked at when it is a number)
+        if number(self.prior, 1.0) < 0 or not 0 <= number(self.unsaid, 0.0) <= 1 or number(self.min_snr, 1.0) <= 0:
             raise ValueError("prior is not negative, unsaid a share from 0 to 1, min_snr above 0")
 
     def counts(self, whole: Images) -> dict[str, float]:
@@ -56,5 +56,4 @@ class Denoise:
             return 1.0
         a, s = denoiser.process.scales(t)
         snr = (a / s.clamp(min=1e-4)).square()
-        says = getattr(denoiser.process, "predicts", "")
-        return snr.clamp(max=self.min_snr) / {"epsilon": snr, "sample": 1.0}.get(says, snr + 1)
+        return snr.clamp(max=self.min_snr) * share(denoiser.process, t).square().to(snr)

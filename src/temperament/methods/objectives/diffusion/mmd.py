@@ -10,7 +10,7 @@ from temperament.engine.denoise import Denoiser, Sampler, denoise, unsaid
 from temperament.engine.discrepancy import Kernel, mmd
 from temperament.errors import UserError
 from temperament.nn.batch import Images
-from temperament.parts import build, part
+from temperament.parts import build, number, part
 from temperament.protocols import Aide, Term, Terms
 
 
@@ -41,7 +41,7 @@ class MMD:
     def __post_init__(self):
         if min(self.steps, self.degree) < 1:
             raise ValueError("steps and degree are at least 1")
-        if isinstance(self.unsaid, (int, float)) and not 0 <= self.unsaid <= 1:
+        if not 0 <= number(self.unsaid, 0.0) <= 1:
             raise ValueError("unsaid is a share from 0 to 1")
         if self.features is not None and getattr(self.features, "role", "") != "features":
             raise ValueError("features must be an aide that gives features of pictures, e.g. aides.random_features")

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from temperament.nn.batch import Rollout
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -37,7 +37,7 @@ class GRPO:
     def __post_init__(self):
         if self.max_new < 1:
             raise ValueError("max_new must be at least 1")
-        if min((v for v in (self.clip_low, self.clip_high, self.eps) if isinstance(v, (int, float))), default=0) < 0:
+        if min(number(v, 0.0) for v in (self.clip_low, self.clip_high, self.eps)) < 0:
             raise ValueError("clip_low, clip_high and eps must not be negative")
 
     @property

@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Rollout
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -41,9 +42,9 @@ class PPO:
     def __post_init__(self):
         if min(self.epochs, self.minibatches) < 1:
             raise ValueError("epochs and minibatches must be at least 1")
-        if any(isinstance(v, (int, float)) and not 0 <= v <= 1 for v in (self.gamma, self.lam)):
+        if any(not 0 <= number(v, 1.0) <= 1 for v in (self.gamma, self.lam)):
             raise ValueError("gamma and lam must lie in 0..1")
-        if isinstance(self.clip, (int, float)) and self.clip <= 0:
+        if number(self.clip, 1.0) <= 0:
             raise ValueError("clip must be above 0")
 
     @property
@@ -54,6 +55,9 @@ class PPO:
         w = (whole.tokens.weights != 0).float()
         whole.values = torch.zeros_like(w)
         if self.critic is not None:
+            if not hasattr(whole.tokens, "states"):
+                mend = "steps of denoising have no states that it could read; use critic: null"
+                raise UserError("objectives.policy.ppo.critic", self.critic, mend)
             head = views.head(f"{self.critic}:value")
             read = lambda m, r: head(r.tokens.states(m).float())[..., 0] * (r.tokens.weights != 0)
             whole.values = views.precompute(f"{self.critic}:live", whole, read)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from temperament.nn.batch import Pairs
 from temperament.nn.logprobs import response
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -30,9 +30,9 @@ class DPO:
     reference: str = "start"  # version the policy is held to: start, base, ema, best
 
     def __post_init__(self):
-        if isinstance(self.beta, (int, float)) and self.beta <= 0:
+        if number(self.beta, 1.0) <= 0:
             raise ValueError("beta must be above 0")
-        if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 0.5:
+        if not 0 <= number(self.label_smoothing, 0.0) < 0.5:
             raise ValueError("label_smoothing must lie in [0, 0.5): from there on pairs would be learnt the wrong way round")
 
     @property

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from temperament.nn.batch import Pairs
 from temperament.nn.logprobs import response
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -25,7 +25,7 @@ class IPO:
     reference: str = "start"  # version the policy is held to: start, base, ema, best
 
     def __post_init__(self):
-        if isinstance(self.beta, float) and self.beta <= 0:
+        if number(self.beta, 1.0) <= 0:
             raise ValueError("beta must be above 0")
 
     @property

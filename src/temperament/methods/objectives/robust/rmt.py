@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from temperament.engine import see
 from temperament.engine.augment import looked
 from temperament.nn.batch import Images
-from temperament.parts import part
+from temperament.parts import number, part
 from temperament.protocols import Term, Terms
 
 
@@ -43,15 +42,15 @@ class RMT:
     needs: ClassVar = ("ema",)
 
     def __post_init__(self):
-        if isinstance(self.temperature, float) and self.temperature <= 0:
+        if number(self.temperature, 1.0) <= 0:
             raise ValueError("temperature must be above 0")
         weights = (self.self_training, self.contrast, self.replay, self.reverse, self.look)
-        if min((w for w in weights if isinstance(w, (int, float))), default=0) < 0:
+        if min(number(w, 0.0) for w in weights) < 0:
             raise ValueError("weights must not be negative")
 
     @property
     def contrasts(self) -> bool:
-        return not (isinstance(self.contrast, float) and self.contrast == 0)
+        return number(self.contrast, 1.0) != 0
 
     def counts(self, whole: Images) -> dict[str, float]:
         n = float((_labels(whole) < 0).sum())
@@ -87,8 +86,7 @@ class RMT:
                 z = new[:, 3 * classes : -2].view(len(new), 3, -1)
                 terms["contrast"] = Term(contrast(z, self.temperature), 3 * len(new), self.contrast)
         if len(known):
-            each = F.cross_entropy(known[:, :classes], labels[labels >= 0], reduction="none")
-            terms["replay"] = Term(each, len(known), self.replay)
+            terms["replay"] = Term(see.cost(known[:, :classes], labels[labels >= 0]), len(known), self.replay)
         return terms
 
 
