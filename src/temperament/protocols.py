@@ -172,7 +172,8 @@ class Optimizer(Protocol):
 
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole
-    effective batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream:
+    effective batch of all processes. `yields`: kinds of batch; `needs`: versions it reads; `generates`: are its rows sampled
+    from the model that trains (`ctx.live`)? One that wraps another need not say it again. Optional on the stream:
     `steps_per_epoch`, `feedback(batches, row) -> more of the row` (what the log shall say), `largest()`, the largest batch
     it can give, with values of no meaning (for the plan, where making a real one would take the model), `state_dict() ->
     {"tensors": ..., "json": ...}` and `load_state_dict` (only for what is not a function of the step: a buffer, texts
@@ -180,6 +181,7 @@ class Source(Protocol):
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")
+    generates: ClassVar = False
 
 
 class Examples(Protocol):

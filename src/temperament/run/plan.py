@@ -64,7 +64,7 @@ def cannot_foresee(spec: Any) -> str:
     read = [name for p in walk_all(spec) for name in getattr(p, "inputs", ())]
     if read:
         return f"it reads what {read[0]!r} leaves"
-    if spec.source.yields != ("Rollout",) and type(spec.source).part_name.startswith("rollout."):
+    if spec.source.yields != ("Rollout",) and online(spec.source):
         return "its rows are sampled from the model as it trains"
     path = getattr(spec.source, "path", "")
     if path and not Path(path).exists() and not path.count("/"):
