@@ -15,7 +15,7 @@ from temperament.delta.combined import add
 @dataclass(frozen=True)
 class State:
     """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept. stage: how many
-    train steps lie between the base and here."""
+    steps that changed the weights lie between the base and here, on the longest way."""
 
     key: str
     delta: Delta | None = None

@@ -117,7 +117,9 @@ class Steps:
             return start
         if job.step.build:
             return replace(start, key=job.key, data={**start.data, name: str(job.place / "data.jsonl")})
-        stage = start.stage + 1 if job.step.train else 0
+        known = self.scope(name)
+        under = [start] if job.step.train else [known[n] for n in self.merged(job.spec, known) if n in known]
+        stage = 1 + max((s.stage for s in under), default=0)
         return State(job.key, change if change is not None else Delta.load(job.place / "delta"), job.place, start.data, stage)
 
     # -- the kinds ---------------------------------------------------------------------------------------------------------
