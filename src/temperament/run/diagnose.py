@@ -49,7 +49,7 @@ def weights(base: Base, delta: Delta, diagnoses: Mapping[str, Any]) -> dict[str,
             place, which = places[name]
             if which != "weight":
                 continue
-            W = base.originals.get(name, parameters[name].detach())
+            W = base.originals.get(name, parameters[name].detach()).cpu()
             row = known.get(place.name, {})
             relative = row.get("relative_norm")
             if relative is None:

@@ -35,7 +35,7 @@ def place_on(base: Base, state: State) -> Base:
 @torch.no_grad()
 def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
     """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for
-    tensors the step trained in place. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or
+    tensors the step trained in place; changes are on the CPU, as what is read from disk is. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or
     composed a tensor, the tensor is kept."""
     if before is None:
         return step
@@ -51,7 +51,7 @@ def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
         elif isinstance(change, Replace):
             changes[name] = change
         else:
-            whole = change.apply(old.apply(base.originals.get(name, known[name].detach())))
+            whole = change.apply(old.apply(base.originals.get(name, known[name].detach()).cpu()))
             sparse = isinstance(old, Sparse) and isinstance(change, Sparse)
             changes[name] = Sparse.at(whole, torch.cat([old.indices, change.indices]).unique()) if sparse else Replace(whole)
     additions = dict(before.additions)

@@ -321,7 +321,7 @@ def _trained(
                 raise
     if spec.keep != "live" and spec.keep in live.versions:  # (of a step of no updates there is only the live one)
         live.load_state_dict(live.state_dict() | {f"param/{n}": t for n, t in live.versions[spec.keep].items()})
-    return Trained(live.delta(), done, tokens, seconds, stopped)
+    return Trained(live.delta().mapped(Tensor.cpu), done, tokens, seconds, stopped)
 
 
 @contextlib.contextmanager
