@@ -155,7 +155,7 @@ def test_a_source_says_whether_the_model_that_trains_makes_its_rows(base, rows, 
     base = load("lab/unet") if "rewards.brightness" in options.get("rewards", ()) else base
     ctx = context(base, batch=12)
     ctx.live = Watched(base, [])
-    ctx.views = Views(Live(base, []), ctx.world, 12)
+    ctx.views = Views(Live(base, []), ctx.world, 12, ctx.seed)
     try:
         source.open(ctx).batch(0, Progress(0, 20))
         asked = False
