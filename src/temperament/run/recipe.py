@@ -253,6 +253,12 @@ class Recipe:
     study: Study | None = None  # many runs of this recipe under one protocol: carried out by `temper compare`
     log_with: str | None = None  # tracker by Accelerate: tensorboard, wandb, mlflow, ...
 
+    def __post_init__(self):
+        if ":" in self.device:
+            one = self.device.partition(":")[2]
+            mend = f"a run takes the GPUs it is shown: give cuda, and choose one with CUDA_VISIBLE_DEVICES={one}"
+            raise UserError("device", self.device, mend)
+
     def plain(self) -> dict[str, Any]:
         return plain(self)
 
