@@ -105,7 +105,7 @@ def frontier(data: dict[str, Any], say: Say) -> None:
 
     found = data.get("frontier") or {}
     rows = [[r["budget"], r["best"], r["rows"], level(r["target"], r.get("unit", "points"))] for r in found.get("best", ())]
-    say.table(["budget", "best share", "demonstrations + preferences", "target"], rows, right=(0, 1, 2, 3))
+    say.table(["budget", "best share", found.get("rows_label", "rows"), "target"], rows, right=(0, 1, 2, 3))
     say.out.print(f"{found.get('said', '')}\n", highlight=False)
     place("runs", data["out"], say)
     place("report", f"{data['out']}/report.html", say)
