@@ -253,7 +253,8 @@ class Merge(Protocol):
     Most inherit `delta.merging.Blockwise` and state `plan(site)`: the same statement then serves in memory and streamed from
     folders. Optional: `search(base, deltas, score) -> (Delta, what was tried)`, where score(delta) is the mean of the target
     skills on development items; `fuse(models, batches) -> module` and `inputs(base, models) -> batches`, for models of
-    different origin or a result of another width, held in memory, of which `check(n)` refuses too many or too few. A merge learned by gradient is a Trainable of this room."""
+    different origin or a result of another width, held in memory, with `check(n)` that refuses too few or too many. A merge
+    learned by gradient is a Trainable of this room."""
 
     rooms: ClassVar = ("merge",)
     must: ClassVar = ("merge",)

@@ -213,8 +213,9 @@ def test_every_stage_has_draws_of_its_own_after_a_merge_too(base, tmp_path, monk
     merging = lambda name, *of: {"name": name, "merge": {"method": "merge.linear", "of": list(of)}, "ledger": False}
     one = lambda name, **o: train(name, steps=1, ledger=False, **o)
     tune(recipe(one("z"), evaluation={"base": False}), tmp_path / "else", base=base)
-    made = [one("a"), one("b"), one("c", start="a"), merging("both", "b", "c"), one("d"), merging("far", str(tmp_path / "else"))]
-    run = tune(recipe(*made, one("e"), evaluation={"base": False}), tmp_path / "run", base=base)
+    made = [one("a"), one("b"), one("c", start="a"), merging("both", "b", "c"), one("d")]
+    far = merging("far", str(tmp_path / "else"))
+    run = tune(recipe(*made, far, one("e"), evaluation={"base": False}), tmp_path / "run", base=base)
     assert seeds["z"] == seeds["a"] == run.recipe.seed != seeds["e"] and run.state.stage == 2
     assert len({seeds[n] for n in "acd"}) == 3  # c begins where a ended, d where a, b and c are merged
 

@@ -342,7 +342,8 @@ def test_a_part_may_read_how_another_player_began(monkeypatch):
     """Where its pieces begin elsewhere than at nothing that is kept, though the one who reads it is built first."""
     monkeypatch.setattr(LoRAPiece, "starts_at_zero", False)
     late = PlayerSpec(objective={"Tokens": CrossEntropy()}, optimizer=AdamW(1e-3), trainable=[LoRA(rank=2)])
-    policy, late = build_players(spec(objective=Near(), trainable=[LoRA(rank=2)], players={"late": late}), context(base_of("llama")))
+    asked = spec(objective=Near(), trainable=[LoRA(rank=2)], players={"late": late})
+    policy, late = build_players(asked, context(base_of("llama")))
     assert not policy.live.versions and list(late.live.versions) == ["start"]
     began = {n: p.held.detach().clone() for n, p in late.live.params.items()}
     with torch.no_grad():

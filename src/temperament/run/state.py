@@ -35,8 +35,8 @@ def place_on(base: Base, state: State) -> Base:
 @torch.no_grad()
 def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
     """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for
-    tensors the step trained in place; changes are on the CPU, as what is read from disk is. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or
-    composed a tensor, the tensor is kept."""
+    tensors the step trained in place; changes are on the CPU, as what is read from disk is. Low-rank on low-rank stays
+    low-rank, sparse on sparse sparse; where a step replaced or composed a tensor, the tensor is kept."""
     if before is None:
         return step
     before = before.baked()  # a merge may leave a strength, which holds for what this step does not touch as well
