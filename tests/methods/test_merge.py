@@ -145,7 +145,7 @@ def test_statistics_are_averaged_whatever_the_method_streamed_or_not(method, tmp
         state |= {k: torch.rand(base[k].shape) + 0.5 for k in names}
         state |= {k: torch.randint(9, ()) for k in base if k.endswith("num_batches_tracked")}
     built = parts.build({method: {} if method == "merge.linear" else {"density": 0.3}})
-    held = merged(built, base, tuned)
+    held = built.merge(base, [between(base, t) for t in tuned]).apply({f"lm/{k}": v for k, v in base.items()})
     sources = folders(tmp_path, base, tuned)
     with Writer(tmp_path, {k: Entry(v.dtype, tuple(v.shape)) for k, v in base.items()}) as writer:
         stream(built, sources[1], sources[0], writer)

@@ -151,7 +151,7 @@ def test_a_source_says_whether_the_model_that_trains_makes_its_rows(base, rows, 
     """As does one that wraps it, whatever its room."""
     source = parts.build({name: filled(options, rows)})
     base = load("lab/policy") if "control" in source.part_modalities else base
-    base = seeing() if "image" in source.part_modalities else base
+    base = load("lab/vit") if "image" in source.part_modalities else base
     base = load("lab/unet") if "rewards.brightness" in options.get("rewards", ()) else base
     ctx = context(base, batch=12)
     ctx.live = Watched(base, [])

@@ -329,7 +329,7 @@ def test_best_is_the_best_look(base, tmp_path, monkeypatch):
     values = {1: 0.1, 2: 0.6, 3: 0.2, 4: 0.6}
     state = {"n": 0}
 
-    def look(self, live, items, watched=None):
+    def look(self, items, watched=None):
         state["n"] += 1
         return {"target": values[state["n"]]}
 

@@ -137,7 +137,7 @@ class Steps:
             self.context(job), seed=seed, batch=spec.batch, micro=spec.micro, folder=job.place / SCRATCH, key=job.key
         )
         watched = [spec.stop.skill] if spec.stop else None
-        look = lambda live, items: self.skills.look(live, items, watched if items else None)
+        look = lambda live, items: self.skills.look(items, watched if items else None)
         peak = peak_memory()
         every, less = self.recipe.evaluation.every, self.skills.less()
         trained = run_train(spec, ctx, self.folder, name, job.key, look, self.tell, every, less)
