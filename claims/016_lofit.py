@@ -6,7 +6,6 @@ steps and rate in the second step. Compared: nats per token of the right answers
 only part of a procedure).
 """
 
-
 from temperament.run.claims import Claim
 from temperament.run.study import summary
 

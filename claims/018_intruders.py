@@ -5,7 +5,6 @@ Both reach 90 % of the same new task. Compared: new high-ranking singular direct
 those whose overlap with every base direction is below 0.5), low-rank against full.
 """
 
-
 from temperament.run.claims import Claim
 from temperament.run.study import summary
 

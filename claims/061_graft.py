@@ -5,7 +5,6 @@ moves). Compared: what is lost of the retained skills, graft against the whole f
 keeps 95 % of the target. Printed beside it: the largest entries alone, without training the mask, at several shares.
 """
 
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.scoring import Scorer

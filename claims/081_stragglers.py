@@ -6,7 +6,6 @@ interpolated with the base (WiSE-FT) at the point that is best on development it
 its own best point. The number is the mean of the new task and of what the base knew.
 """
 
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.diagnose import Subject

@@ -6,7 +6,6 @@ held-out natural text. Recorded beside: the linear half without the window, and 
 both gave 0.037 nats, 95 % interval 0.027 to 0.047; 100 keep a seed under three minutes.)
 """
 
-
 from temperament.run.claims import Claim
 from temperament.run.study import summary
 

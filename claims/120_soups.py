@@ -7,7 +7,6 @@ soup, and one learned by gradient on pictures of its own. (With five fine-tunes 
 which the slower were not done, the greedy soup was the best model alone, 97.8 %, and the uniform one had 53.3 %.)
 """
 
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.scoring import Scorer

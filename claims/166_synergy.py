@@ -7,7 +7,6 @@ the paper reports it; `average` is the plain mean of weights. The paper found em
 at 1.7 billion.
 """
 
-
 from temperament import parts
 from temperament.delta import Delta
 from temperament.run.claims import Claim

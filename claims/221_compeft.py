@@ -8,7 +8,6 @@ Tried first on LoRA of rank 8, three seeds, over the same grid: 15 to 62 times s
 compressed there are whole factors, A with its random beginning, where the paper takes their change since it.
 """
 
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.scoring import Scorer

@@ -6,7 +6,6 @@ Compared: mean accuracy over the six tasks on held-out items. Printed beside it:
 tasks, and the plain average.
 """
 
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.recipe import read
