@@ -6,10 +6,7 @@ steps and rate in the second step. Compared: nats per token of the right answers
 only part of a procedure).
 """
 
-from dataclasses import replace
-
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.study import summary
 
 L1 = {"regularizers.l1": {"of": "new", "per_entry": False, "weight": 5e-4}}
@@ -36,7 +33,7 @@ def recipe(found: bool, steps: int = 200, items: int = 100) -> dict:
 
 
 def one(lab, name: str, seed: int, found: bool) -> dict:
-    json = lab.run(name, replace(read(recipe(found)), seed=seed), seed).json
+    json = lab.run(name, recipe(found), seed).json
     target = next(s for s in json["ledger"]["skills"] if s["role"] == "target")
     return summary(json) | {"target_nll": target["nll"]["after"]}
 

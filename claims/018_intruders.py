@@ -5,10 +5,7 @@ Both reach 90 % of the same new task. Compared: new high-ranking singular direct
 those whose overlap with every base direction is below 0.5), low-rank against full.
 """
 
-from dataclasses import replace
-
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.study import summary
 
 
@@ -38,7 +35,7 @@ def recipe(trainable, rate: float) -> dict:
 
 
 def one(lab, name: str, seed: int, trainable, rate: float) -> dict:
-    run = lab.run(name, replace(read(recipe(trainable, rate)), seed=seed), seed).json
+    run = lab.run(name, recipe(trainable, rate), seed).json
     return summary(run) | {"intruders": run["diagnoses"]["diagnose.intruder_dimensions"]["intruders"]}
 
 

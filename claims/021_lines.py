@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from temperament.run.claims import Claim
 from temperament.run.dial import dial
-from temperament.run.recipe import Dial, read
+from temperament.run.recipe import Dial
 from temperament.run.skills import skills_of
 from temperament.run.state import place_on
 
@@ -37,7 +37,7 @@ def recipe() -> dict:
 
 
 def run(seed, lab):
-    made = lab.run("full", replace(read(recipe()), seed=seed), seed)
+    made = lab.run("full", recipe(), seed)
     base = place_on(made.base, replace(made.state, delta=None))
     points = dial(
         skills_of(made.recipe, base), made.delta, Dial(strengths=STRENGTHS, shape=["merge.linear", "merge.lines"], items=60)

@@ -5,11 +5,8 @@ moves). Compared: what is lost of the retained skills, graft against the whole f
 keeps 95 % of the target. Printed beside it: the largest entries alone, without training the mask, at several shares.
 """
 
-from dataclasses import replace
-
 from temperament import parts
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
 TASK = "shift"
@@ -33,7 +30,7 @@ def recipe(learn: bool, items: int = 100) -> dict:
 
 def run(seed, lab):
     method, baseline = lab.tune("graft", recipe(True), seed), lab.tune("full", recipe(False), seed)
-    made = lab.run("full", replace(read(recipe(False)), seed=seed), seed)
+    made = lab.run("full", recipe(False), seed)
     score, beside = Scorer(made.recipe, made.base, 100, development=False), {}
     for share in SHARES:
         largest = parts.build({"merge.sparse_sum": {"density": share}}).merge(made.base, [made.delta])

@@ -6,12 +6,9 @@ interpolated with the base (WiSE-FT) at the point that is best on development it
 its own best point. The number is the mean of the new task and of what the base knew.
 """
 
-from dataclasses import replace
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.diagnose import Subject
-from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
 POINTS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -26,7 +23,7 @@ def recipe() -> dict:
 
 
 def run(seed, lab):
-    made = lab.run("full", replace(read(recipe()), seed=seed), seed)
+    made = lab.run("full", recipe(), seed)
     base, delta = made.base, made.delta
     base.reset()
     found = parts.build({"diagnose.interpolation": {"data": ROWS, "rows": 64}}).diagnose(Subject(base, delta))

@@ -6,10 +6,7 @@ held-out natural text. Recorded beside: the linear half without the window, and 
 both gave 0.037 nats, 95 % interval 0.027 to 0.047; 100 keep a seed under three minutes.)
 """
 
-from dataclasses import replace
-
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.study import summary
 
 METHODS = {
@@ -41,7 +38,7 @@ def recipe(options: dict, rate: float, steps: int = 100, items: int = 60) -> dic
 
 
 def one(lab, name: str, method: str, rate: float, seed: int) -> dict:
-    json = lab.run(name, replace(read(recipe(METHODS[method], rate)), seed=seed), seed).json
+    json = lab.run(name, recipe(METHODS[method], rate), seed).json
     text = next(s for s in json["ledger"]["skills"] if s["name"] == "text")
     return summary(json) | {"text_nll": text["nll"]["after"], "base_nll": text["nll"]["before"], "rate": rate}
 

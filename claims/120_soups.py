@@ -7,11 +7,8 @@ soup, and one learned by gradient on pictures of its own. (With five fine-tunes 
 which the slower were not done, the greedy soup was the best model alone, 97.8 %, and the uniform one had 53.3 %.)
 """
 
-from dataclasses import replace
-
 from temperament import parts
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
 RATES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
@@ -54,8 +51,8 @@ def learned(folders: list[str], steps: int = 40) -> dict:
 
 
 def run(seed, lab):
-    made = [lab.run(f"rate-{r:g}", replace(read(fine_tune(r)), seed=100 * seed + k), seed) for k, r in enumerate(RATES)]
-    mixed = lab.run("learned", replace(read(learned([str(lab.folder / f"rate-{r:g}-{seed}") for r in RATES])), seed=seed), seed)
+    made = [lab.run(f"rate-{r:g}", fine_tune(r), 100 * seed + k) for k, r in enumerate(RATES)]
+    mixed = lab.run("learned", learned([str(m.folder) for m in made]), seed)
     base, deltas = made[0].base, [m.delta for m in made]
     held, test = (Scorer(made[0].recipe, base, 400, development) for development in (True, False))
     soup, tried = parts.build("merge.soup_greedy").search(base, deltas, held)

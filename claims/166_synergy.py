@@ -7,12 +7,9 @@ the paper reports it; `average` is the plain mean of weights. The paper found em
 at 1.7 billion.
 """
 
-from dataclasses import replace
-
 from temperament import parts
 from temperament.delta import Delta
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
 POINTS = (0.5, 0.7, 0.8, 0.9)  # 0 the base, 1 the specialist
@@ -37,7 +34,7 @@ def recipe() -> dict:
 
 
 def run(seed, lab):
-    made = lab.run("full", replace(read(recipe()), seed=seed), seed)
+    made = lab.run("full", recipe(), seed)
     parents = [Delta({}, base=dict(made.base.sha256)), made.delta]
     held, test = (Scorer(made.recipe, made.base, 60, development) for development in (True, False))
     both = lambda scorer, delta: 50 * ((s := scorer.summary(delta))["target"] + s["retained"])

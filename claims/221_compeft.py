@@ -8,11 +8,8 @@ Tried first on LoRA of rank 8, three seeds, over the same grid: 15 to 62 times s
 compressed there are whole factors, A with its random beginning, where the paper takes their change since it.
 """
 
-from dataclasses import replace
-
 from temperament import parts
 from temperament.run.claims import Claim
-from temperament.run.recipe import read
 from temperament.run.scoring import Scorer
 
 TASK = "shift"
@@ -30,7 +27,7 @@ def recipe(items: int = 100) -> dict:
 
 
 def run(seed, lab):
-    made = lab.run("full", replace(read(recipe()), seed=seed), seed)
+    made = lab.run("full", recipe(), seed)
     base, delta = made.base, made.delta
     held, test = (Scorer(made.recipe, base, items, development) for items, development in ((60, True), (200, False)))
     small = lambda k, a: parts.build({"merge.compeft": {"density": k, "alpha": a}}).merge(base, [delta])

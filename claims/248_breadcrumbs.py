@@ -6,8 +6,6 @@ Compared: mean accuracy over the six tasks on held-out items. Printed beside it:
 tasks, and the plain average.
 """
 
-from dataclasses import replace
-
 from temperament import parts
 from temperament.run.claims import Claim
 from temperament.run.recipe import read
@@ -39,7 +37,7 @@ def scores(base, tasks, items=60, development=False):
 
 
 def run(seed, lab):
-    made = [lab.run(task, replace(read(recipe(task)), seed=seed), seed) for task in TASKS]
+    made = [lab.run(task, recipe(task), seed) for task in TASKS]
     base, deltas = made[0].base, [m.delta for m in made]
     few, many, found = scores(base, TASKS[:2], development=True), scores(base, TASKS), {}
     for side, method in METHODS.items():

@@ -234,6 +234,16 @@ def test_types_on_cards_are_readable(name):
         assert option["type"] and "temperament." not in option["type"] and "<" not in option["type"], option
 
 
+def test_a_schedule_is_read_wherever_it_stands():
+    """In an option, a list, or a mapping; what holds none is the same object."""
+    ramp = {"schedules.linear": {"start": 0.1, "end": 0.5}}
+    dpo = build({"objectives.preference.dpo": {"beta": ramp}}, protocols.Objective)
+    held = {"Pairs": dpo, "rest": [{"deep": dpo}], "plain": 3}
+    now = parts.at(held, Progress(2, 3))
+    assert now["Pairs"].beta == now["rest"][0]["deep"].beta == pytest.approx(0.5) and now["plain"] == 3
+    assert parts.at(now, Progress(0, 3)) is now
+
+
 def test_fill_refuses_what_is_no_mapping():
     @dataclass(frozen=True)
     class Two:

@@ -417,6 +417,9 @@ def at(value: Any, progress: Any) -> Any:
     if isinstance(value, (list, tuple)):
         new = [at(v, progress) for v in value]
         return type(value)(new) if any(a is not b for a, b in zip(new, value, strict=True)) else value
+    if isinstance(value, Mapping):
+        new = {k: at(v, progress) for k, v in value.items()}
+        return new if any(new[k] is not value[k] for k in new) else value
     return value
 
 

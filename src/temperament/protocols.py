@@ -172,7 +172,8 @@ class Optimizer(Protocol):
 
 class Source(Protocol):
     """Where batches come from. `open(ctx) -> stream`; `stream.batch(step, progress) -> Batch | list[Batch]` is the whole
-    effective batch of all processes. `yields`: kinds of batch; `needs`: versions it reads. Optional on the stream:
+    effective batch of all processes. `yields`: kinds of batch; `needs`: versions it reads; `generates`: are its rows sampled
+    from the model that trains (`ctx.live`)? One that wraps another need not say it again. Optional on the stream:
     `steps_per_epoch`, `feedback(batches, row) -> more of the row` (what the log shall say), `largest()`, the largest batch
     it can give, with values of no meaning (for the plan, where making a real one would take the model), `state_dict() ->
     {"tensors": ..., "json": ...}` and `load_state_dict` (only for what is not a function of the step: a buffer, texts
@@ -180,6 +181,7 @@ class Source(Protocol):
 
     rooms: ClassVar = ("data", "rollout")
     must: ClassVar = ("open", "yields")
+    generates: ClassVar = False
 
 
 class Examples(Protocol):
@@ -251,7 +253,8 @@ class Merge(Protocol):
     Most inherit `delta.merging.Blockwise` and state `plan(site)`: the same statement then serves in memory and streamed from
     folders. Optional: `search(base, deltas, score) -> (Delta, what was tried)`, where score(delta) is the mean of the target
     skills on development items; `fuse(models, batches) -> module` and `inputs(base, models) -> batches`, for models of
-    different origin or a result of another width, held in memory. A merge learned by gradient is a Trainable of this room."""
+    different origin or a result of another width, held in memory, with `check(n)` that refuses too few or too many. A merge
+    learned by gradient is a Trainable of this room."""
 
     rooms: ClassVar = ("merge",)
     must: ClassVar = ("merge",)

@@ -65,7 +65,7 @@ def tune(capsys, *sets, **how):
         ("sft.train.optimizer={optim.sgd: {momentum: 1}}", "optim.sgd.momentum", "1", "[0, 1)"),
         ("sft.train.trainable={adapters.lora: {rank: 0}}", "adapters.lora.rank", "0", "at least 1"),
         ("device=tpu", "device", "'tpu'", "auto or one of cpu"),
-        ("device=cuda:77", "device", "'cuda:77'", "auto or one of cpu"),
+        ("device=cuda:77", "device", "'cuda:77'", "CUDA_VISIBLE_DEVICES=77"),
     ],
 )
 def test_a_number_that_cannot_be(capsys, entry, field, value, mend):

@@ -41,6 +41,16 @@ def test_algebra(lazy):
         assert all(isinstance(d.changes, Lazy) for d in (x, x + y, x * 2, x.restrict(lambda n: True), x.remap({})))
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_mapped_is_the_same_expression_on_every_tensor(lazy):
+    extra = {"lm/head": Addition("adapters.none", {"k": 2}, {"w": torch.randn(3)}, strength=0.4)}
+    x = delta(lazy, additions=extra, buffers={"lm/mean": Replace(torch.randn(4))}, strength=0.7)
+    same_ = x.mapped(torch.clone)
+    assert same_.digest == x.digest and same_.strength == x.strength and isinstance(same_.changes, Lazy) == lazy
+    assert [e[:3] for e in same_.entries()] == [e[:3] for e in x.entries()]
+    assert {t.device.type for _, t in x.mapped(lambda t: t.to("meta")).tensors()} == {"meta"}
+
+
 def test_restrict_and_rejoin():
     W, x = base(), delta()
     half = x.names[::2]

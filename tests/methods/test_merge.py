@@ -14,6 +14,7 @@ from temperament.delta.merging import BLOCK, Site, evaluate
 from temperament.delta.stream import Checkpoint, open_source
 from temperament.delta.tensorfile import Entry, Writer, write_tensors
 from temperament.errors import UserError
+from tests.models import MODELS
 
 SHAPES = {
     "model.embed_tokens.weight": (700, 400),  # more than one block
@@ -133,6 +134,26 @@ def test_streaming_is_in_memory_bit_for_bit(case, models, tmp_path, dtype):
         held = method.merge(base, deltas).apply({f"lm/{k}": v for k, v in base.items()})
         for k in SHAPES:
             assert torch.equal(held[f"lm/{k}"], written.read(f"lm/{k}")), k
+
+
+@pytest.mark.parametrize("method", ["merge.ties", "merge.dare", "merge.linear"])
+def test_statistics_are_averaged_whatever_the_method_streamed_or_not(method, tmp_path):
+    """A method that prunes would leave a variance of nothing; whole numbers are the first model's."""
+    base, *tuned = ({k: v.detach().clone() for k, v in MODELS["resnet"].build(i).state_dict().items()} for i in range(4))
+    names = [k for k in base if k.endswith(("running_mean", "running_var"))]
+    for state in tuned:
+        state |= {k: torch.rand(base[k].shape) + 0.5 for k in names}
+        state |= {k: torch.randint(9, ()) for k in base if k.endswith("num_batches_tracked")}
+    built = parts.build({method: {} if method == "merge.linear" else {"density": 0.3}})
+    held = built.merge(base, [between(base, t) for t in tuned]).apply({f"lm/{k}": v for k, v in base.items()})
+    sources = folders(tmp_path, base, tuned)
+    with Writer(tmp_path, {k: Entry(v.dtype, tuple(v.shape)) for k, v in base.items()}) as writer:
+        stream(built, sources[1], sources[0], writer)
+    written = Checkpoint(tmp_path)
+    assert names and all(torch.equal(held[f"lm/{k}"], written.read(f"lm/{k}")) for k in base)
+    assert all(torch.equal(written.read(f"lm/{k}"), sum(t[k] for t in tuned) / 3) for k in names)
+    whole = [k for k in base if k.endswith("num_batches_tracked")]
+    assert whole and all(torch.equal(written.read(f"lm/{k}"), tuned[0][k]) for k in whole)
 
 
 def test_order_of_models(case, models):

@@ -21,6 +21,9 @@ from temperament.engine.responses import judged
 from temperament.engine.tokens import Sampling, generate
 from temperament.errors import UserError
 from temperament.protocols import Progress
+from temperament.run.check import online
+from temperament.train.live import Live
+from temperament.train.loop import Views
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_a_batch_is_a_function_of_seed_and_step(base, rows, name, options):
     assert all(equal(one.batch(k, Progress(k, 20)), got[k]) for k in sorted(steps))
     assert not all(equal(one.batch(k, Progress(k, 20)), other.batch(k, Progress(k, 20))) for k in range(6))
     assert {type(b).__name__ for b in got.values()} <= set(getattr(one, "yields", source.yields))
-    assert all(0 < len(b) <= 5 for b in got.values())
+    assert all(0 < len(b) <= 5 for b in got.values()) and not online(source)  # nothing that trains was there to ask
 
 
 @pytest.mark.parametrize("name, options", [p for p in TEXTS if "mix" not in p.id])
@@ -132,6 +135,33 @@ def test_lab_rows_are_never_test_items(base):
 
 # ---- rollouts
 # -----------------------------------------------------------------------------------------------------------------
+
+
+class Asked(Exception):
+    """The model that trains was asked for rows."""
+
+
+class Watched(Live):
+    def view(self, version="live"):
+        raise Asked
+
+
+@pytest.mark.parametrize("name, options", variants("rollout"))
+def test_a_source_says_whether_the_model_that_trains_makes_its_rows(base, rows, name, options):
+    """As does one that wraps it, whatever its room."""
+    source = parts.build({name: filled(options, rows)})
+    base = load("lab/policy") if "control" in source.part_modalities else base
+    base = load("lab/vit") if "image" in source.part_modalities else base
+    base = load("lab/unet") if "rewards.brightness" in options.get("rewards", ()) else base
+    ctx = context(base, batch=12)
+    ctx.live = Watched(base, [])
+    ctx.views = Views(Live(base, []), ctx.world, 12, ctx.seed)
+    try:
+        source.open(ctx).batch(0, Progress(0, 20))
+        asked = False
+    except Asked:
+        asked = True
+    assert online(source) == online([source]) == asked
 
 
 def rolling(base, s, world=None, **options):

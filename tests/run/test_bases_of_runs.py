@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import temperament as tp
 from temperament.bases.load import load
-from temperament.delta import certificate
+from temperament.delta import Delta, Dense, certificate
 from temperament.errors import UserError
-from temperament.run.export import delta_of
+from temperament.run.export import delta_of, export_delta, reloaded
 from temperament.run.reopen import subject
+from tests.models import MODELS
 
 IDS = torch.arange(7, 47).view(2, 20)
 
@@ -169,3 +170,37 @@ def test_what_is_no_model_says_so(tmp_path):
         for use in (lambda: subject(tmp_path / "a"), lambda: tp.merge([str(tmp_path / "a")], tmp_path / "m")):
             with pytest.raises(UserError, match=word):
                 use()
+
+
+CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OursConfig(LlamaConfig):
+    model_type = "ours_of_a_test"
+
+
+class Ours(LlamaForCausalLM):
+    config_class = OursConfig
+"""
+
+
+def test_what_is_made_on_a_trusted_base_is_checked_on_a_trusted_base(tmp_path, monkeypatch):
+    """Python that comes with a folder runs in the fresh process where it ran here, and nowhere else."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, asked = tmp_path / "ours", {}
+    MODELS["llama"].build(0).save_pretrained(folder)
+    (folder / "modeling_ours.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling_ours.OursConfig", "AutoModelForCausalLM": "modeling_ours.Ours"}
+    config |= {"model_type": "ours_of_a_test", "architectures": ["Ours"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load(folder)
+    base = load(folder, trust_remote_code=True)
+    name, weight = next((n, p) for n, p in base.parameters() if p.dim() == 2)
+    delta = Delta({name: Dense(torch.randn(weight.shape))}, base=dict(base.sha256))
+    monkeypatch.setattr("temperament.run.export.certify", lambda *a, **more: asked.update(more) or {"passed": True})
+    export_delta(base, delta, tmp_path / "delta", "delta")
+    assert asked["trust"] and reloaded(asked["base"], tmp_path / "delta", asked["trust"])[1] == base.sha256
+    with pytest.raises(UserError):
+        reloaded(asked["base"], tmp_path / "delta")

@@ -92,6 +92,25 @@ def test_a_plan_changes_nothing_and_says_all():
     assert one["memory"]["optimizer"] == 2 * trained and one["memory"]["gradients"] == trained
 
 
+@dataclass(frozen=True)
+class Numbers(CrossEntropy):
+    """An objective that reads numbers where shapes have none."""
+
+    def loss(self, micro, views):
+        found = super().loss(micro, views)
+        found["nll"].value.detach().numpy()
+        return found
+
+
+def test_what_shapes_cannot_run_is_left_out_and_the_rest_planned():
+    base, one = base_of("llama_tied"), Step("a", train=spec(source=Rows()))
+    alone = plan(Recipe("tiny", [one]), base, dry=False)
+    found = plan(Recipe("tiny", [one, Step("b", train=spec(source=Rows(), objective=Numbers()))]), base, dry=False)
+    assert [s["memory"] for s in found["steps"]] == [s["memory"] for s in alone["steps"]]
+    ((left, why),) = [(s["name"], s["why"]) for s in found["unforeseen"]]
+    assert left == "b" and "could not be tried beforehand" in why and "\n" not in why
+
+
 def test_optimizer_state_is_measured():
     (p,) = [p for p in _params() if p.name.endswith("layers.0.mlp.up_proj.weight")]
     assert optimizer_share(spec(optimizer=AdamW(1e-3)), p) == 2.0

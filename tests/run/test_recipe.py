@@ -234,6 +234,8 @@ def test_names_inside_of_steps_are_told_apart_and_followed():
         (recipe(train(objective={"objectives.preference.dpo": {"reference": "previous"}})), "holds the versions live, base"),
         (recipe(train(regularizers=[{"regularizers.kl": {"version": "bast"}}])), "did you mean 'best' or 'base'"),
         (recipe(train(regularizers=[{"regularizers.kl": {"version": "best"}}])), "with keep: best"),
+        (recipe(train(regularizers=[{"regularizers.kl": {"version": "ema"}}])), "train.ema is None: a part reads"),
+        (recipe(train(regularizers=[{"regularizers.kl": {"version": "critic:start"}}])), "no player is called so"),
         (recipe(train(trainable="objectives.preference.dpo")), "takes a part of select or adapters"),
         (recipe(train(trainable=[])), "trainable"),
         (recipe(train(stop={"every": 0})), "every must be at least 1"),

@@ -145,6 +145,14 @@ def test_of_nats_less_is_better(tmp_path, monkeypatch):
     assert [r["front"] for r in found["arms"]] == [True, False] and found["arms"][0]["unit"] == "nats"
 
 
+def test_an_experiment_has_the_seed_it_is_given_however_its_recipe_is(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("temperament.run.claims.tune", lambda recipe, folder, **how: seen.append((recipe, folder.name)))
+    for recipe in ({"base": "lab/lm", "seed": 3}, read({"base": "lab/lm", "seed": 3})):
+        Lab(tmp_path).run("a", recipe, 7)
+    assert [(r.seed, name) for r, name in seen] == [(7, "a-7")] * 2 and seen[0][0] == seen[1][0]
+
+
 def test_the_front_holds_what_nothing_beats():
     study = compare(**{n: ("select.full", []) for n in "abcd"})
     values = {"a": (50, 5), "b": (60, 5), "c": (40, 1), "d": (60, 9)}

@@ -12,6 +12,7 @@ from tiny import seed, write_rows
 from temperament.bases.load import load
 from temperament.delta import Delta
 from temperament.errors import UserError, WorkFailed
+from temperament.run import steps as doing
 from temperament.run.recipe import read
 from temperament.run.skills import Skills, skills_of
 from temperament.run.tune import tune
@@ -200,6 +201,25 @@ def test_two_tasks_their_matrix_and_the_merge_of_two_branches(base, tmp_path):
     assert cached(tune(outside, tmp_path / "m", base=base)) == {"m": False}
 
 
+def test_every_stage_has_draws_of_its_own_after_a_merge_too(base, tmp_path, monkeypatch):
+    """Of a merge of later stages, and of one whose models come from elsewhere."""
+    seeds, real = {}, doing.run_train
+
+    def seen(spec, ctx, folder, name, *more):
+        seeds[name] = ctx.seed
+        return real(spec, ctx, folder, name, *more)
+
+    monkeypatch.setattr(doing, "run_train", seen)
+    merging = lambda name, *of: {"name": name, "merge": {"method": "merge.linear", "of": list(of)}, "ledger": False}
+    one = lambda name, **o: train(name, steps=1, ledger=False, **o)
+    tune(recipe(one("z"), evaluation={"base": False}), tmp_path / "else", base=base)
+    made = [one("a"), one("b"), one("c", start="a"), merging("both", "b", "c"), one("d")]
+    far = merging("far", str(tmp_path / "else"))
+    run = tune(recipe(*made, far, one("e"), evaluation={"base": False}), tmp_path / "run", base=base)
+    assert seeds["z"] == seeds["a"] == run.recipe.seed != seeds["e"] and run.state.stage == 2
+    assert len({seeds[n] for n in "acd"}) == 3  # c begins where a ended, d where a, b and c are merged
+
+
 def test_rounds_stop_by_their_rule_and_begin_where_they_say(base, tmp_path):
     inner = [train("x"), {"train": {**train("")["train"], "steps": 1}, "start": "x"}]
     run = tune(
@@ -309,7 +329,7 @@ def test_best_is_the_best_look(base, tmp_path, monkeypatch):
     values = {1: 0.1, 2: 0.6, 3: 0.2, 4: 0.6}
     state = {"n": 0}
 
-    def look(self, live, items, watched=None):
+    def look(self, items, watched=None):
         state["n"] += 1
         return {"target": values[state["n"]]}
 

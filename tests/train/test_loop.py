@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from temperament.errors import UserError, WorkFailed
-from temperament.methods.adapters.lora import LoRA
+from temperament.methods.adapters.lora import LoRA, LoRAPiece
 from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
 from temperament.methods.optim.adamw import AdamW
 from temperament.methods.optim.sgd import SGD
@@ -329,3 +329,28 @@ def test_players_that_are_refused_leave_nothing_on_the_base():
     with pytest.raises(UserError, match="nobody"):
         build_players(spec(trainable=[LoRA(rank=2)], players={"late": late}), context(base))
     assert not any("_pieces" in vars(m) for m in base.model.modules())
+
+
+@dataclass(frozen=True)
+class Near(CrossEntropy):
+    """Reads another player as it began."""
+
+    needs: ClassVar = ("late:start",)
+
+
+def test_a_part_may_read_how_another_player_began(monkeypatch):
+    """Where its pieces begin elsewhere than at nothing that is kept, though the one who reads it is built first."""
+    monkeypatch.setattr(LoRAPiece, "starts_at_zero", False)
+    late = PlayerSpec(objective={"Tokens": CrossEntropy()}, optimizer=AdamW(1e-3), trainable=[LoRA(rank=2)])
+    asked = spec(objective=Near(), trainable=[LoRA(rank=2)], players={"late": late})
+    policy, late = build_players(asked, context(base_of("llama")))
+    assert not policy.live.versions and list(late.live.versions) == ["start"]
+    began = {n: p.held.detach().clone() for n, p in late.live.params.items()}
+    with torch.no_grad():
+        for p in late.live.params.values():
+            p.tensor.add_(1)
+    with policy.views.at("late:start"):
+        held = late.live.versions["start"]
+        assert all(torch.equal(held[n], w) for n, w in began.items())
+    for player in (policy, late):
+        player.live.close()

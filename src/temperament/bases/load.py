@@ -56,6 +56,7 @@ class Base:
     hung: list[Callable[[], None]] = field(default_factory=list)  # what takes each of them away
     inference: list[Any] = field(default_factory=list)  # decoding parts of the run it is, where it is one
     stored: str = "fp32"  # precision of its weights on disk, which is what a merged model is written in
+    trusted: bool = False  # was the Python of its folder allowed to run?
 
     def __post_init__(self):
         _ = self._slots  # found while every parameter is in its place; versions swap them later
@@ -218,6 +219,7 @@ def load(
         return _own(base, spec, dtype, field) if own else base
     version = spec.partition("@")[2] if spec.startswith("lab/") else ""
     base = _from_pretrained(spec, folder, "fp32" if version else dtype, trust_remote_code, field)
+    base.trusted = trust_remote_code
     for module in base.components.values():
         module.to(device).eval()
     if spec.startswith("lab/"):
@@ -250,7 +252,7 @@ def _own(base: Base, spec: str, dtype: str, field: str) -> Base:
     if base.hung:
         mend = "it adds a module to its base, so it is no base of its own; tune on in a further step of its recipe"
         raise UserError(field, spec, mend)
-    made = Base(spec, base.components, base.processors, suites=base.suites, stored=base.stored)
+    made = Base(spec, base.components, base.processors, suites=base.suites, stored=base.stored, trusted=base.trusted)
     for module in made.components.values():
         module.to(DTYPES[dtype])
     return made

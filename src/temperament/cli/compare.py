@@ -56,7 +56,8 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from rich.text import Text
 
-    from temperament.cli.views import duration, level, percent, place, signed
+    from temperament.cli.views import percent, place, signed
+    from temperament.report.show import duration, level
 
     say.out.print()
     if "arms" not in data["finding"]:
@@ -101,11 +102,12 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
 
 def frontier(data: dict[str, Any], say: Say) -> None:
     """A study that draws a frontier: its best points, and its advice."""
-    from temperament.cli.views import level, place
+    from temperament.cli.views import place
+    from temperament.report.show import level
 
     found = data.get("frontier") or {}
     rows = [[r["budget"], r["best"], r["rows"], level(r["target"], r.get("unit", "points"))] for r in found.get("best", ())]
-    say.table(["budget", "best share", "demonstrations + preferences", "target"], rows, right=(0, 1, 2, 3))
+    say.table(["budget", "best share", found.get("rows_label", "rows"), "target"], rows, right=(0, 1, 2, 3))
     say.out.print(f"{found.get('said', '')}\n", highlight=False)
     place("runs", data["out"], say)
     place("report", f"{data['out']}/report.html", say)

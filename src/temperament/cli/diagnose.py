@@ -36,7 +36,8 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
-    from temperament.cli.views import flat, size
+    from temperament.cli.views import flat
+    from temperament.report.show import size
 
     d = data["delta"]
     say.out.print(f"[dim]change   [/dim] {d['parameters']:,} parameters changed, {size(d['bytes'])}")

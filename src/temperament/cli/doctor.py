@@ -26,7 +26,7 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from rich.text import Text
 
-    from temperament.cli.views import size
+    from temperament.report.show import size
 
     line = lambda key, text: say.out.print(Text.assemble((f"{key:<11}", "dim"), text), soft_wrap=True)
     versions = {k: v for k, v in data["versions"].items() if v}

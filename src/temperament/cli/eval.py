@@ -38,7 +38,8 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
-    from temperament.cli.views import interval, level
+    from temperament.cli.views import interval
+    from temperament.report.show import level
 
     if data.get("ledger"):
         from temperament.report import terminal

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from temperament.cli.say import Say
+from temperament.report.show import duration, size
 
 EVERY = 10.0  # seconds between two plain lines
 SHOWN = 6  # skills of a look while training
@@ -218,8 +219,6 @@ def skill_text(result: Any, before: Any = None) -> str:
 
 
 def plan_line(plan: dict[str, Any]) -> str:
-    from temperament.report.show import size
-
     said = plan.get("predicted") or plan
     peak, seconds, disk = (said.get(k) for k in ("peak_bytes", "seconds", "disk_bytes"))
     parts = [
@@ -236,16 +235,6 @@ def check_line(check: dict[str, Any]) -> str:
     exempt = len([e for step in check.get("steps", ()) for e in step.get("exempt", ())])
     tail = "" if worst is None else f", largest deviation {worst:.0e}"
     return f"exact: {len(laws)} laws hold{tail}" + (f"; {exempt} not promised here" if exempt else "") if laws else ""
-
-
-def duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def rate_text(rate: float) -> str:

@@ -62,13 +62,6 @@ def percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.0f} %"
 
 
-def size(n: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= scale:
-            return f"{n / scale:.1f} {unit}"
-    return f"{n:.0f} B"
-
-
 def flat(data: Any, say: Say, skip: tuple[str, ...] = ()) -> None:
     """Any result: scalars a line each, lists of alike rows as tables."""
     for key, value in data.items():
@@ -108,21 +101,11 @@ def signed(x: float | None) -> str:
     return "–" if x is None else f"{x:+.1f}".replace("-", "−")
 
 
-def level(x: float | None, unit: str) -> str:
-    return percent(x) if unit == "points" else "–" if x is None else f"{x:.3f} {unit}".rstrip()
-
-
 def interval(ci: Any, unit: str) -> str:
     if not ci:
         return ""
     low, high = (100 * v if unit == "points" else v for v in ci)
     return f"{low:.0f} to {high:.0f}" if unit == "points" else f"{low:.3f} to {high:.3f}"
-
-
-def duration(seconds: float) -> str:
-    from temperament.cli.live import duration as shown
-
-    return shown(seconds)
 
 
 def mark(ok: bool) -> Any:

@@ -41,17 +41,19 @@ def certify(
     live: nn.Module | None = None,
     processor=None,
     compute: str = "auto",
+    trust: bool = False,
     tolerance: float = 1e-4,
     seconds: float = 600,
 ) -> dict:
     """Reload `folder` in a fresh process and compare its outputs on `inputs` with `expected`.
 
     folder: a model folder, or with `base` (a model folder) a delta or adapter on it.
-    reload: "module:function" where a base is more than a folder (a version, a run): function(base, folder) -> (model,
+    reload: "module:function" where a base is more than a folder (a version, a run): function(base, folder, trust) -> (model,
         identity).
     inputs: keyword tensors of the forward; expected: the live model's logits (..., classes).
     live: the live model; its tied names must be tied again. processor: the live tokenizer; ids and template must be the same.
     compute: dtype the reloaded model computes in ("auto": the one it is stored in), which is to be that of the live one.
+    trust: may the fresh process run the Python of these folders, as the live one did?
     tolerance: largest difference in units of the spread of the expected logits (their standard deviation).
 
     Returns the record to keep beside the artefact; where `passed` is False, `failures` names what differs. WorkFailed if the
@@ -68,6 +70,7 @@ def certify(
         question = {
             "folder": str(folder.resolve()), "base": base and str(base if reload else Path(base).resolve()),
             "reload": reload, "model_class": model_class, "texts": probe, "compute": compute,
+            "trust": trust,
         }  # fmt: skip
         write_json(Path(work) / "question.json", question)
         environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -122,14 +125,15 @@ def _encoded(processor, texts: list[str]) -> list:
     return found
 
 
-def _reloaded(folder: Path, base: str | None, name: str, compute: str) -> tuple[nn.Module, dict[str, str]]:
+def _reloaded(folder: Path, base: str | None, name: str, compute: str, trust: bool) -> tuple[nn.Module, dict[str, str]]:
     import transformers
 
     from temperament.delta.delta import Delta
 
     if not name.startswith("AutoModel") or not hasattr(transformers, name):
         raise UserError("model class", name, "use one of transformers' AutoModel classes")
-    model = getattr(transformers, name).from_pretrained(base or folder, dtype=compute, local_files_only=True).eval()
+    how = {"dtype": compute, "local_files_only": True, "trust_remote_code": trust}
+    model = getattr(transformers, name).from_pretrained(base or folder, **how).eval()
     if base is not None:
         delta = Delta.load(folder)
         delta.check_base(identity(base, *delta.components[:1])).apply(model)
@@ -143,9 +147,9 @@ def _answer(work: Path) -> None:
     folder, base = Path(question["folder"]), question["base"]
     if question["reload"]:
         module, _, function = question["reload"].partition(":")
-        model, who = getattr(importlib.import_module(module), function)(base, folder)
+        model, who = getattr(importlib.import_module(module), function)(base, folder, question["trust"])
     else:
-        model, who = _reloaded(folder, base, question["model_class"], question["compute"])
+        model, who = _reloaded(folder, base, question["model_class"], question["compute"], question["trust"])
     inputs = {key.removeprefix("q/input."): source.read(key) for key in source.names if key.startswith("q/input.")}
     with torch.no_grad():
         out = model(**inputs)

@@ -224,6 +224,12 @@ class Delta:
         changes, buffers = (_like(m, self.change, m) for m in (self.changes, self.buffers))
         return replace(self, changes=changes, additions=additions, buffers=buffers, strength=1.0)
 
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Delta:
+        """The same delta with `fn` applied to every tensor (move, cast)."""
+        additions = {n: replace(a, tensors={k: fn(t) for k, t in a.tensors.items()}) for n, a in self.additions.items()}
+        changes, buffers = (_like(m, lambda name, m=m: m[name].mapped(fn), m) for m in (self.changes, self.buffers))
+        return replace(self, changes=changes, additions=additions, buffers=buffers)
+
     def materialise(self, base: Mapping[str, Tensor] | None = None) -> Delta:
         """Every change dense, at strength 1; what needs the weight reads `base`. Additions and buffers are kept."""
 

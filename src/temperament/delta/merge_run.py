@@ -96,6 +96,15 @@ class Held(Inputs):
         return Block(site, start, x, wide(self.weight.reshape(-1)[start:stop]))
 
 
+class Mean(Blockwise):
+    """Of statistics: no method of weights fits them."""
+
+    space, needs_base = "weights", False
+
+    def plan(self, site):
+        return lambda b: sum(b.x) / len(b.x)
+
+
 class Engine:
     """Carries a method out: passes over blocks by threads, torch on one thread in each, values in a fixed order."""
 
@@ -310,24 +319,25 @@ def stream(
 ) -> None:
     """The merge of models, written block by block; names are those of the sources, the writer has them without component.
 
-    What is no floating number is copied from the base, else from the first model.
+    Buffers are averaged, whole numbers those of the first model.
     """
     method.check(len(models))
     assert base is not None or not method.needs_base, "this method reads the base"
     first = base or models[0]
     names = list(first.names if names is None else names)
-    inputs = Streamed(models, base if method.needs_base else None, method.space)
-    engine = Engine(method, inputs, threads)
     floating = [n for n in names if first.entry(n).dtype.is_floating_point]
-    shapes = {n: first.entry(n).shape for n in floating}
-    sites = surveyed(engine, shapes, len(models), depth_of or depths(names))
+    statistics = [n for n in floating if first.is_buffer(n)]
+    for how, some in ((method, [n for n in floating if not first.is_buffer(n)]), (Mean(), statistics)):
+        engine = Engine(how, Streamed(models, base if how.needs_base else None, how.space), threads)
+        sites = surveyed(engine, {n: first.entry(n).shape for n in some}, len(models), depth_of or depths(names))
 
-    def put(b: Block, block: Tensor) -> None:
-        if method.space == "difference":
-            block = b.base + block
-        name = b.site.name.split("/", 1)[1]
-        writer.block(name, b.start, block.to(writer.entry(name).dtype))
+        def put(b: Block, block: Tensor, how: Blockwise = how) -> None:
+            if how.space == "difference":
+                block = b.base + block
+            name = b.site.name.split("/", 1)[1]
+            writer.block(name, b.start, block.to(writer.entry(name).dtype))
 
-    engine.run(sites, put)
-    for name in set(names) - set(floating):
-        writer.write(name.split("/", 1)[1], first.read(name))
+        engine.run(sites, put)
+    for name in sorted(set(names) - set(floating)):
+        bare = name.split("/", 1)[1]
+        writer.write(bare, models[0].read(name).to(writer.entry(bare).dtype))

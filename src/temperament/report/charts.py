@@ -258,6 +258,7 @@ def frontier(f: Any, most: int = 8) -> dict[str, Any] | None:
         "title": show.clip(f.get("title"), 80),
         "chart": chart,
         "legend": legend,
+        "rows_label": show.clip(f.get("rows_label") or "rows", 60),
         "rows": rows,
         "said": show.clip(f.get("said"), 600),
     }

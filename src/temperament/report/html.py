@@ -8,9 +8,8 @@
     dial         {"points": [{"strength", "target", "retained", "skills": {name: level}}], "best": {...}, "budget": points}
     compare      {"points": [{"method", "seed", "gain", "loss", "seconds", "peak_bytes", "parameters"}], "note"};
                  gain and loss are shares, loss >= 0
-    frontier     {"lines": [{"name", "x", "y"}], "x_label", "best": [{"budget", "best", "rows", "target", "ci95"}], "said",
-                 "title"};
-                 y shares
+    frontier     {"lines": [{"name", "x", "y"}], "x_label", "rows_label", "best": [{"budget", "best", "rows", "target",
+                 "ci95"}], "said", "title"}; y shares
     weights      {"cells": [{"layer", "kind", "relative", "rank", "intruders"}]}
     plan         {"predicted": {"peak_bytes", "seconds", "disk_bytes"}, "actual": {...}, "floor": {...}}; actual also in "cost"
     images       {"items": [{"prompt", "before": data URI, "after": data URI, "status"}]}

@@ -210,7 +210,7 @@ def first_batches(spec: Train, ctx: Context) -> list[Batch]:
 
 def online(source: Any) -> bool:
     """Does this source generate its rows with the model that is trained?"""
-    return type(source).part_name.startswith("rollout.")
+    return any(getattr(p, "generates", False) for p in parts.walk(source))
 
 
 def ends(base: Base) -> set[int]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from temperament.errors import UserError, nearest
-from temperament.run.recipe import Recipe, read
+from temperament.run.recipe import read
 from temperament.run.study import summary
 from temperament.run.tune import tune
 from temperament.stats import t_interval
@@ -66,9 +66,9 @@ class Lab:
         return summary(self.run(name, built, seed).json)
 
     def run(self, name: str, recipe: Any, seed: int):
-        """The whole run of a recipe."""
+        """The whole run of a recipe, with this seed."""
         folder = self.folder / f"{name}-{seed}"
-        recipe = recipe if isinstance(recipe, Recipe) else replace(read(recipe), seed=seed)
+        recipe = replace(read(recipe), seed=seed)
         return (
             tune(recipe, folder, fresh=True, tell=self.tell)
             if not (folder / "run.json").exists()

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from temperament import parts
+from temperament.bases.kept import kept
 from temperament.bases.load import Base, load
 from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.protocols import Diagnosis
 from temperament.run.export import delta_of
+from temperament.run.recipe import read
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ def diagnose(base: str, tuned: str, with_: Sequence[Any] = ("diagnose.intruder_d
     looks = [parts.build(w, Diagnosis, "--with") for w in with_]
     if not looks:
         raise UserError("--with", [], "name at least one diagnosis")
-    loaded = load(base, own=True)
+    found = kept(Path(tuned).expanduser())
+    trusted = found is not None and found.run is not None and read(found.run / "recipe.yaml").trust_remote_code
+    loaded = load(base, own=True, trust_remote_code=trusted)
     delta = delta_of(tuned, loaded)
     runs = (Path(tuned),) if (Path(tuned) / "run.json").exists() else ()
     found = {type(look).part_name: look.diagnose(Subject(loaded, delta, runs)) for look in looks}
@@ -49,7 +53,7 @@ def weights(base: Base, delta: Delta, diagnoses: Mapping[str, Any]) -> dict[str,
             place, which = places[name]
             if which != "weight":
                 continue
-            W = base.originals.get(name, parameters[name].detach())
+            W = base.originals.get(name, parameters[name].detach()).cpu()
             row = known.get(place.name, {})
             relative = row.get("relative_norm")
             if relative is None:

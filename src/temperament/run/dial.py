@@ -24,7 +24,7 @@ def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambd
     """Sweep `delta` on the base of `skills` (run.tune.Skills); spec: recipe.Dial. Points are dicts of strength, shape, target,
     retained (means over skills, 0..1 or the measure's unit) and each skill's own value; changes are in percentage points, or
     hundredths of the unit, up meaning better."""
-    base, some = skills.base, _Some(skills, spec.items)
+    base, some = skills.base, Some(skills, spec.items)
     if not some.targets:
         raise UserError(
             "evaluation.dial",
@@ -65,7 +65,7 @@ def scaled(delta: Delta, point: dict[str, Any], places: Any) -> Delta:
     return parts.build(point["shape"], Shape, "shape").scale_delta(delta, point["strength"], places)
 
 
-class _Some:
+class Some:
     """The first items of every skill, and their means; skills without a bounded score take part by their own graded measure
     only."""
 

@@ -41,8 +41,8 @@ def evaluate(
         skills = skills_of(recipe, base)
     rows = {}
     if base.originals or base.hung or base.inference:
-        rows["base"] = _measure(skills.alone(), Pure(base), tell, "base")
-    rows["model"] = _measure(skills, None, tell, "model")
+        rows["base"] = measured(skills.alone(), Pure(base), tell, "base")
+    rows["model"] = measured(skills, None, tell, "model")
     ledger = Ledger(rows)
     told = [_level(ledger.change(s, "model", "model")) for s in ledger.skills]
     return {
@@ -52,7 +52,7 @@ def evaluate(
     } | ({"ledger": ledger.to_json()} if len(rows) > 1 else {})
 
 
-def _measure(skills: Skills, model: Any, tell: Callable[..., None], row: str) -> dict[str, Any]:
+def measured(skills: Skills, model: Any, tell: Callable[..., None], row: str) -> dict[str, Any]:
     outcomes, system = [], skills.system(model)
     for i, skill in enumerate(skills.skills):
         tell("measure", skill=skill.name, done=i, total=len(skills.skills))

@@ -27,7 +27,6 @@ from temperament.delta.files import atomic_folder
 from temperament.delta.peft_write import task_type, write_peft
 from temperament.engine import see
 from temperament.errors import UserError, WorkFailed, nearest
-from temperament.run.artefacts import Folder
 from temperament.train.checkpoint import write_atomic
 
 
@@ -81,22 +80,13 @@ def export(
 ) -> dict[str, Any]:
     """Export a finished run (at a point of its dial, when given); returns the certificate. dtype: of a merged model; default:
     what the base is stored in."""
-    of_form(as_, dtype)
-    folder = Path(run)
-    finished = Folder(folder).run()
-    if not finished:
-        raise UserError("run", str(run), "no run is in this folder; name the --out of a `temper tune`")
-    if finished.get("status") != "done":
-        raise UserError("run", str(run), "it is not a finished run; finish it with `temper tune --resume`")
-    if "delta" not in finished:
-        raise UserError("run", str(run), "it changed no weights; there is nothing to export")
-    base = load(finished["base"]["id"], own=True)
-    delta = change(folder / "delta", base)
-    if point is not None:
-        from temperament.run.dial import scaled
+    from temperament.run.dial import scaled
+    from temperament.run.reopen import reopen
 
-        delta = scaled(delta, point, base.places)
-    return export_delta(base, delta, Path(to), as_, dtype)
+    of_form(as_, dtype)
+    found = reopen(run, "cpu")
+    delta = found.delta if point is None else scaled(found.delta, point, found.base.places)
+    return export_delta(found.base, delta, Path(to), as_, dtype)
 
 
 def of_form(as_: str, dtype: str | None) -> None:
@@ -207,10 +197,11 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str 
             how = {"reload": f"{__name__}:reread"}
             if "denoiser" not in base.components:
                 how = {"live": base.model, "processor": base.tokenizer, "model_class": _auto_class(base)}
-            certificate = certify(to, inputs, stored, compute=str(expected.dtype).removeprefix("torch."), **how)
+            how |= {"compute": str(expected.dtype).removeprefix("torch."), "trust": base.trusted}
+            certificate = certify(to, inputs, stored, **how)
             certificate |= {"dtype": dtype, "rounding": compare(stored, expected)}
         else:
-            certificate = certify(to, inputs, expected, base=base.id, reload=f"{__name__}:reloaded")
+            certificate = certify(to, inputs, expected, base=base.id, reload=f"{__name__}:reloaded", trust=base.trusted)
     finally:
         base.reset()
     write_atomic(to / "certificate.json", json.dumps(certificate, indent=1))
@@ -222,16 +213,16 @@ def certify_and_record(base: Base, delta: Delta, to: Path, as_: str, dtype: str 
     return certificate
 
 
-def reloaded(base: str, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+def reloaded(base: str, folder: Path, trust: bool = False) -> tuple[torch.nn.Module, dict[str, str]]:
     """In the fresh process: the base by its name, with what is in the folder on it."""
-    found = load(base, own=True)
+    found = load(base, own=True, trust_remote_code=trust)
     found.apply(change(folder, found))
     return Answer(found), found.sha256
 
 
-def reread(base: None, folder: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+def reread(base: None, folder: Path, trust: bool = False) -> tuple[torch.nn.Module, dict[str, str]]:
     """In the fresh process: what is in the folder, by the library it is written for."""
-    found = load(folder)
+    found = load(folder, trust_remote_code=trust)
     return Answer(found), found.sha256
 
 

@@ -6,6 +6,7 @@ merge(["models/a", "models/b"], "models/ab", method={"merge.pleas": {"apart": 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,15 @@ def fuse(
     built = parts.build(method, Merge, "--method")
     name = type(built).part_name
     models = [models] if isinstance(models, str | Path) else [str(m) for m in models]
-    if len(models) != 2:
-        raise UserError(f"{name}: number of models", len(models), "it merges 2; name as many")
+    built.check(len(models))
     if as_ != "merged":
         raise UserError("--as", as_, f"{name} makes a new model, no change of a base; use merged")
     if dtype is not None and dtype not in DTYPES:
         raise UserError("dtype", dtype, nearest(dtype, DTYPES))
     loaded = [load(m, field="model") for m in models]
     _one_vocabulary(loaded)
-    both = [b.model for b in loaded]
-    made = built.fuse(both, built.inputs(loaded[0], both)).to(DTYPES[dtype or "fp32"])
+    modules = [b.model for b in loaded]
+    made = built.fuse(modules, built.inputs(loaded[0], modules)).to(DTYPES[dtype or "fp32"])
     record = {"method": parts.plain(built), "base": None, "models": models}
     with atomic_folder(out, overwrite) as new:
         made.save_pretrained(new, safe_serialization=True)
@@ -59,14 +59,11 @@ def fuse(
 
 
 def _one_vocabulary(loaded: Sequence[Base]) -> None:
-    tokens = [b.tokenizer.get_vocab() for b in loaded if b.tokenizer is not None]
-    if len(tokens) == 2 and tokens[0] != tokens[1]:
-        odd = sorted(set(tokens[0].items()) ^ set(tokens[1].items()))[0]
-        raise UserError(
-            "vocabulary",
-            odd[0],
-            f"{loaded[0].id} and {loaded[1].id} do not name it by the same number; merge models of one tokenizer",
-        )
+    read = [(b.id, set(b.tokenizer.get_vocab().items())) for b in loaded if b.tokenizer is not None]
+    for (one, tokens), (other, theirs) in pairwise(read):
+        if odd := sorted(tokens ^ theirs):
+            mend = f"{one} and {other} do not name it by the same number; merge models of one tokenizer"
+            raise UserError("vocabulary", odd[0][0], mend)
 
 
 def _card(built: Any, record: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from temperament.run import recipe as schema
-from temperament.run.evaluate import _measure, suite
+from temperament.run.evaluate import measured, suite
 from temperament.run.ledger import Ledger
 from temperament.run.reopen import subject
 from temperament.run.skills import skills_of
@@ -34,7 +34,7 @@ def ledger(
         tell("phase", name="measure", text=name)
         model = subject(place)
         skills = skills_of(schema.Recipe(base=model.id, seed=seed, evaluation=spec), model)
-        rows[name] = _measure(skills, None, tell, name)
+        rows[name] = measured(skills, None, tell, name)
         model.reset()
     parents = [row for name, row in rows.items() if name not in ("base", "merge")]
     return {"ledger": Ledger(rows).to_json(), "synergy": synergy(rows["merge"], parents)}

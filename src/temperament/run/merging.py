@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from temperament import parts
+from temperament.bases.load import DTYPES
 from temperament.delta.certificate import certify
 from temperament.delta.files import atomic_folder, write_json
 from temperament.delta.tensorfile import Entry, Writer
@@ -32,7 +33,6 @@ from temperament.run import mergekit_yaml
 from temperament.run.merge_inputs import Input, named_base, open_input
 from temperament.run.merge_plan import Plan, simple
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a model folder holds beside its weights
 FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
          "preprocessor_config.json", "processor_config.json", "image_processor*.json")  # fmt: skip

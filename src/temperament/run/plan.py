@@ -64,7 +64,7 @@ def cannot_foresee(spec: Any) -> str:
     read = [name for p in walk_all(spec) for name in getattr(p, "inputs", ())]
     if read:
         return f"it reads what {read[0]!r} leaves"
-    if spec.source.yields != ("Rollout",) and type(spec.source).part_name.startswith("rollout."):
+    if spec.source.yields != ("Rollout",) and online(spec.source):
         return "its rows are sampled from the model as it trains"
     path = getattr(spec.source, "path", "")
     if path and not Path(path).exists() and not path.count("/"):
@@ -85,15 +85,22 @@ def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
     )
     weights = bytes_of(p for _, p in base.parameters())
     process = resident() - weights * (real and not cuda(world)) if not cuda(world) else 0
-    steps, unforeseen = [], []
+    steps, foreseen, unforeseen = [], [], []
     for step in _trains(recipe):
-        if why := cannot_foresee(step.train):
+        why = cannot_foresee(step.train)
+        try:
+            found = {} if why else of_step(step, recipe, meta, world)
+            if found and real and dry:
+                found |= timed(step, recipe, base, world, found)
+        except TemperError:
+            raise
+        except Exception as problem:  # a plan is advice: what shapes cannot run, numbers may
+            why = f"it could not be tried beforehand ({type(problem).__name__}: {str(problem).partition(chr(10))[0]})"
+        if why:
             unforeseen.append({"name": step.name, "why": why})
-            continue
-        found = of_step(step, recipe, meta, world)
-        if real and dry:
-            found |= timed(step, recipe, base, world, found)
-        steps.append({"name": step.name, **found})
+        else:
+            foreseen.append(step)
+            steps.append({"name": step.name, **found})
     speed = multiplications_a_second(world, recipe.precision.compute)
     for s in steps:
         s.setdefault("seconds", s["flops"] * s["steps"] / (0.4 * speed))
@@ -121,7 +128,7 @@ def plan(recipe: Recipe, base: Base, dry: bool = True) -> dict[str, Any]:
     }
     if not out["fits"]:
         out["mend"] = (
-            cheapest(recipe, meta, world, available)
+            cheapest(replace(recipe, steps=foreseen), meta, world, available)
             or "no change of this recipe fits here: take a smaller base or a larger machine"
         )
     return out
@@ -422,12 +429,12 @@ def cheapest(recipe: Recipe, meta: Base, world: World, available: int) -> str:
             ("trainable: adapters.lora, micro: 1, checkpointing: true", {"trainable": lora, "micro": 1, "checkpointing": True})
         )
     for words, change in changes:
-        with contextlib.suppress(TemperError):
+        with contextlib.suppress(Exception):  # what cannot be planned is not proposed
             peaks = [
                 of_step(replace(s, train=replace(s.train, **change)), recipe, meta, world)["memory"]["total"]
                 for s in _trains(recipe)
             ]
-            if max(peaks) <= available:
+            if peaks and max(peaks) <= available:
                 return words
     return ""
 

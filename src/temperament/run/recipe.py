@@ -253,6 +253,12 @@ class Recipe:
     study: Study | None = None  # many runs of this recipe under one protocol: carried out by `temper compare`
     log_with: str | None = None  # tracker by Accelerate: tensorboard, wandb, mlflow, ...
 
+    def __post_init__(self):
+        if ":" in self.device:
+            one = self.device.partition(":")[2]
+            mend = f"a run takes the GPUs it is shown: give cuda, and choose one with CUDA_VISIBLE_DEVICES={one}"
+            raise UserError("device", self.device, mend)
+
     def plain(self) -> dict[str, Any]:
         return plain(self)
 
@@ -295,10 +301,16 @@ def _versioned(steps: list[Step]) -> None:
 
     for step in walk_steps(steps):
         for p in walk_all(step.train) if step.train else ():
-            for version in (n.rpartition(":")[2] for n in getattr(p, "needs", ())):
+            for player, _, version in (n.rpartition(":") for n in getattr(p, "needs", ())):
+                if player and player not in (players := ("policy", *step.train.players)):
+                    known = f"no player is called so; {nearest(player, players)}"
+                    raise UserError(f"{step.name}.{type(p).part_name}", f"{player}:{version}", known)
                 if version not in VERSIONS:
                     known = f"a step holds the versions {', '.join(VERSIONS)}"
                     raise UserError(f"{step.name}.{type(p).part_name}", version, f"{known}; {nearest(version, VERSIONS)}")
+                if version == "ema" and step.train.ema is None:
+                    mend = "a part reads the version `ema`; give its decay, e.g. ema: 0.99"
+                    raise UserError(f"{step.name}.train.ema", None, mend)
                 if version == "best" and step.train.keep != "best":
                     mend = "a part reads the version `best`; let the step keep it, with keep: best"
                     raise UserError(f"{step.name}.train.keep", step.train.keep, mend)

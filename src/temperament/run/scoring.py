@@ -9,7 +9,7 @@ from typing import Any
 from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.run import recipe as schema
-from temperament.run.dial import _Some
+from temperament.run.dial import Some
 from temperament.run.skills import skills_of
 
 AWAY = 10_007  # added to a suite's seed: other items than the ledger's
@@ -25,7 +25,7 @@ class Scorer:
         suites = [_away(s) for s in spec.suites] if development else list(spec.suites)
         own = replace(recipe, evaluation=replace(spec, suites=suites, items=items, keep=False))
         base.reset()
-        self.base, self.some = base, _Some(skills_of(own, base), items)
+        self.base, self.some = base, Some(skills_of(own, base), items)
         if not self.some.targets:
             raise UserError(
                 "evaluation.suites", None, "choosing by score needs a target skill: name one, e.g. evaluate.lab with a target"

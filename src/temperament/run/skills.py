@@ -2,7 +2,7 @@
 
 skills = skills_of(recipe, base)
 results, cached = skills.measure(path, key, tell)       every item of every skill; from `path` where `key` says it is the same
-skills.look(live, 100)                                  means on a few items, while training
+skills.look(100)                                        means on a few items, while training
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Skills:
             by[o.skill].append(o)
         return {s.name: _result(s, tuple(by[s.name])) for s in self.skills}
 
-    def look(self, live: Any, items: int, watched: Iterable[str] | None = None) -> dict[str, float]:
+    def look(self, items: int, watched: Iterable[str] | None = None) -> dict[str, float]:
         """Means on a few items while training: each watched skill, and "target", the mean of the target skills."""
         for m in self.base.components.values():
             m.eval()

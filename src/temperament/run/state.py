@@ -15,7 +15,7 @@ from temperament.delta.combined import add
 @dataclass(frozen=True)
 class State:
     """delta: from the pure base to here (None: the base itself). key: what made it. folder: where it is kept. stage: how many
-    train steps lie between the base and here."""
+    steps that changed the weights lie between the base and here, on the longest way."""
 
     key: str
     delta: Delta | None = None
@@ -35,8 +35,8 @@ def place_on(base: Base, state: State) -> Base:
 @torch.no_grad()
 def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
     """The change from the pure base after a further step; the base's modules must hold the *start* of that step, or its end for
-    tensors the step trained in place. Low-rank on low-rank stays low-rank, sparse on sparse sparse; where a step replaced or
-    composed a tensor, the tensor is kept."""
+    tensors the step trained in place; changes are on the CPU, as what is read from disk is. Low-rank on low-rank stays
+    low-rank, sparse on sparse sparse; where a step replaced or composed a tensor, the tensor is kept."""
     if before is None:
         return step
     before = before.baked()  # a merge may leave a strength, which holds for what this step does not touch as well
@@ -51,7 +51,7 @@ def chain(base: Base, before: Delta | None, step: Delta) -> Delta:
         elif isinstance(change, Replace):
             changes[name] = change
         else:
-            whole = change.apply(old.apply(base.originals.get(name, known[name].detach())))
+            whole = change.apply(old.apply(base.originals.get(name, known[name].detach()).cpu()))
             sparse = isinstance(old, Sparse) and isinstance(change, Sparse)
             changes[name] = Sparse.at(whole, torch.cat([old.indices, change.indices]).unique()) if sparse else Replace(whole)
     additions = dict(before.additions)

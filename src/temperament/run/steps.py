@@ -117,7 +117,9 @@ class Steps:
             return start
         if job.step.build:
             return replace(start, key=job.key, data={**start.data, name: str(job.place / "data.jsonl")})
-        stage = start.stage + 1 if job.step.train else 0
+        known = self.scope(name)
+        under = [start] if job.step.train else [known[n] for n in self.merged(job.spec, known) if n in known]
+        stage = 1 + max((s.stage for s in under), default=0)
         return State(job.key, change if change is not None else Delta.load(job.place / "delta"), job.place, start.data, stage)
 
     # -- the kinds ---------------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ class Steps:
             self.context(job), seed=seed, batch=spec.batch, micro=spec.micro, folder=job.place / SCRATCH, key=job.key
         )
         watched = [spec.stop.skill] if spec.stop else None
-        look = lambda live, items: self.skills.look(live, items, watched if items else None)
+        look = lambda live, items: self.skills.look(items, watched if items else None)
         peak = peak_memory()
         every, less = self.recipe.evaluation.every, self.skills.less()
         trained = run_train(spec, ctx, self.folder, name, job.key, look, self.tell, every, less)

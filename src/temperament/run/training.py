@@ -100,6 +100,9 @@ def _players(spec: Train, ctx: Context, prepare: bool, company: list[Live]) -> l
         its.every, its.from_step = more.every, more.from_step
         its.ema = its.ema if own is not live else None  # one mean of one trainable
         players.append(its)
+    _hold([*objectives.values(), *spec.regularizers, spec.source], players[0].views)
+    for player, more in zip(players[1:], spec.players.values(), strict=True):
+        _hold([*more.objective.values(), *more.regularizers], player.views)
     return players
 
 
@@ -162,23 +165,24 @@ def _player(
     name: str, live: Live, optimizer: Any, objectives: dict, regularizers: list, views: Views, spec: Train, ctx: Context,
     seen: dict[str, dict[str, Tensor]],
 ) -> Player:  # fmt: skip
-    needs = {n for p in [*objectives.values(), *regularizers, spec.source] for n in getattr(p, "needs", ())}
     stepper = optimizer.build(list(live.params.values()), ctx)
     at_work = []
     for i, r in enumerate(regularizers):
         ctx.prepared = seen.get(f"{name}-regularizer-{i}", {})
         at_work.append(r.build(ctx.base, ctx) if hasattr(r, "build") else r)
     ctx.prepared = {}
-    player = Player(name, live, optimizer, stepper, objectives, at_work, views, clip=spec.clip, ema=spec.ema)
-    if "start" in needs and any(not _zero(p) for part in live.parts for _, p in part.attached()):
-        live.mark("start")
-    if "ema" in needs and spec.ema is None:
-        raise UserError("train.ema", None, "a part reads the version `ema`; give its decay, e.g. ema: 0.99")
     if spec.ema is not None and "ema" not in live.versions:
         live.mark("ema")  # the mean begins where the step does, so a part may read it in the first update
-    if "best" in needs and "best" not in live.versions:
-        live.mark("best")  # until the first look: as the step began
-    return player
+    return Player(name, live, optimizer, stepper, objectives, at_work, views, clip=spec.clip, ema=spec.ema)
+
+
+def _hold(read: list[Any], views: Views) -> None:
+    """The versions that these parts read are held from the beginning, of this player or of another they name."""
+    for player, _, version in (n.rpartition(":") for p in read for n in getattr(p, "needs", ())):
+        live = views.others[player] if player else views.live
+        moved = any(not _zero(p) for part in live.parts for _, p in part.attached())
+        if version not in live.versions and (version == "best" or (version == "start" and moved)):
+            live.mark(version)  # `best` until the first look: as the step began
 
 
 def _zero(piece: Any) -> bool:
@@ -321,7 +325,7 @@ def _trained(
                 raise
     if spec.keep != "live" and spec.keep in live.versions:  # (of a step of no updates there is only the live one)
         live.load_state_dict(live.state_dict() | {f"param/{n}": t for n, t in live.versions[spec.keep].items()})
-    return Trained(live.delta(), done, tokens, seconds, stopped)
+    return Trained(live.delta().mapped(Tensor.cpu), done, tokens, seconds, stopped)
 
 
 @contextlib.contextmanager

@@ -155,6 +155,7 @@ def test_the_best_share_of_each_budget_is_read():
     front = study.frontier(found)
     assert front["lines"][1] == {"name": "budget 100", "x": [0.0, 0.5, 1.0], "y": pytest.approx([0.6, 0.8, 0.1])}
     drawn = charts.frontier(front)
+    assert drawn["rows_label"] == front["rows_label"] == "demonstrations + preferences"  # its own words, of no other study
     assert "<polyline" in str(drawn["chart"]) and drawn["rows"][1]["target"] == "80 %" and charts.frontier({}) is None
     part = study.read({k: v for k, v in done.items() if k[0] == "10 at 0"})
     assert [r["share"] for r in part["best"]] == [0.0] and advice([]).startswith("Nothing")

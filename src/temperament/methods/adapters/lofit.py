@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament.delta import Addition, Dense, Multiplied
+from temperament.delta.use import new_value
 from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.pieces import Around, Piece, Under
@@ -147,7 +148,7 @@ class HeadOffset:
             if name not in delta.changes:
                 mend = f"it did not change {name}; name a step of adapters.head_scale"
                 raise UserError("adapters.head_offset.of", self.of, mend)
-            now = p.matrix(delta.change(name).apply(base.originals.get(name, p.weight.detach())))
+            now = p.matrix(new_value(delta, name, base.originals.get(name, p.weight.detach())))
             m = (now * W).sum(0) / (W * W).sum(0).clamp(min=1e-30)
             found[p.name] = (m - 1).view(p.heads, p.head_dim).norm(dim=1)
         return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament.delta.depth import block_of
+from temperament.delta.use import new_value
 from temperament.engine.own import own_texts
 from temperament.errors import UserError
 from temperament.nn import forward
@@ -28,7 +29,7 @@ class Path:
         self.base = subject.base
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in self.base.parameters() if n in subject.delta.changes}
         self.start = {n: self.base.originals.get(n, p.detach()).clone() for n, p in self.parameters.items()}
-        self.end = {n: subject.delta.change(n).apply(w).to(w) for n, w in self.start.items()}
+        self.end = {n: new_value(subject.delta, n, w).to(w) for n, w in self.start.items()}
         self.layers: dict[str, list[str]] = {}
         for name in self.parameters:
             at = block_of(name)

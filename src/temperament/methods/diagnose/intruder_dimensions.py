@@ -36,7 +36,7 @@ class IntruderDimensions:
             if name not in wanted or known[name].dim() != 2:
                 continue
             place = wanted[name]
-            W0 = base.originals.get(name, known[name].detach()).float()
+            W0 = base.originals.get(name, known[name].detach()).cpu().float()
             W = delta.change(name).apply(W0)
             W0, W = (t.T if place.transposed else t for t in (W0, W))
             overlap, values = overlaps(W0, W, self.k)

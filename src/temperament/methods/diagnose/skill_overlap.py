@@ -53,7 +53,7 @@ class SkillOverlap:
         for delta in list(changes.values())[1:]:
             delta.check_base(subject.base.sha256)
         known = dict(subject.base.parameters())
-        weights = {n: subject.base.originals.get(n, p.detach()) for n, p in known.items()}
+        weights = {n: subject.base.originals.get(n, p.detach()).cpu() for n, p in known.items()}
         total = sum(weights[n].numel() for n in {n for d in changes.values() for n in d.changes})
         regions = {name: region(delta, weights, self.share) for name, delta in changes.items()}
         rows = [{"skill": a, "with": b, "overlap": regions[a].shared(regions[b]) / max(regions[a].size, 1),

@@ -27,7 +27,8 @@ def differences(base: Any, deltas: list[Delta], field: str) -> dict[str, Tensor]
     with torch.no_grad():
         for name in names:
             weight = known[name].detach()
-            rows = [d.change(name).delta(weight).to(weight) if name in d.changes else torch.zeros_like(weight) for d in deltas]
+            moved = lambda d, n=name, w=weight: d.change(n).delta(w.cpu()).to(w) if n in d.changes else torch.zeros_like(w)
+            rows = [moved(d) for d in deltas]
             out[name] = torch.stack(rows)
     return out
 

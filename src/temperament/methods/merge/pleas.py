@@ -62,10 +62,13 @@ class PLeaS:
         """Does it look at inputs?"""
         return self.solve or self.match == "activations"
 
+    def check(self, models: int) -> None:
+        if models != 2:
+            raise UserError("merge.pleas: number of models", models, "it merges 2; name as many")
+
     def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta:
         """The merge of two changes of one base, of its width; inputs are what the two models write."""
-        if len(deltas) != 2:
-            raise UserError("merge.pleas: number of models", len(deltas), "it merges 2; name as many")
+        self.check(len(deltas))
         if self.apart or self.budget:
             raise UserError(
                 "merge.pleas.apart", self.apart, "a wider model is no change of the base; use `temper merge` on model folders"

@@ -45,6 +45,7 @@ class DenoisingChain:
     limit: float = 10.0  # a normalised reward is cut here
 
     yields: ClassVar = ("Rollout",)
+    generates: ClassVar = True
     scheduled: ClassVar = ("weights",)
 
     def __post_init__(self):

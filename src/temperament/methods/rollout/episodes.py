@@ -28,6 +28,7 @@ class Episodes:
     group: int = 1  # episodes from one start, for objectives that compare them
 
     yields: ClassVar = ("Rollout",)
+    generates: ClassVar = True
 
     def __post_init__(self):
         if self.group < 1:

@@ -65,6 +65,7 @@ class MCTSSteps:
     temperature: float = 1.0  # of sampling
 
     yields: ClassVar = ("Pairs",)
+    generates: ClassVar = True
 
     def __post_init__(self):
         if min(self.actions, self.depth, self.iterations, self.first, self.stage, self.epochs) < 1:

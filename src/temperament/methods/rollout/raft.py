@@ -43,6 +43,7 @@ class RAFT:
     temperature: float = 1.0  # of sampling; higher is more diverse
 
     yields: ClassVar = ("Tokens",)
+    generates: ClassVar = True
 
     def __post_init__(self):
         if min(self.k, self.stage, self.epochs) < 1:

@@ -33,6 +33,7 @@ class Sample:
     min_new: int = 0  # no end token before so many
 
     yields: ClassVar = ("Rollout",)
+    generates: ClassVar = True
     scheduled: ClassVar = ("temperature", "weights")
 
     def __post_init__(self):

@@ -41,6 +41,7 @@ class TwoTurn:
     temperature: float = 1.0  # of sampling; the policy that is optimised is the one that samples only at 1
 
     yields: ClassVar = ("Rollout",)
+    generates: ClassVar = True
     scheduled: ClassVar = ("temperature", "weights", "alpha")
 
     def __post_init__(self):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from temperament.delta.use import new_value
 from temperament.errors import UserError
 from temperament.nn import draws, linalg
 from temperament.parts import part
@@ -46,7 +47,7 @@ class LotteryTicket:
         if not delta.changes:
             raise UserError("select.lottery_ticket.of", self.of, "it changed no weights; name a step that trained a selection")
         here = dict(base.parameters())
-        moved = {n: _moved(change, here[n], base.originals.get(n)) for n, change in delta.items()}
+        moved = {n: _moved(delta, n, here[n], base.originals.get(n)) for n in sorted(delta.changes)}
         places, params = base.places.parameters(), []
         for name, entries in self.choose(moved, ctx.seed).items():
             place, weight = places[name][0], here[name]
@@ -74,6 +75,6 @@ class LotteryTicket:
 
 
 @torch.no_grad()
-def _moved(change: Any, start: Tensor, pure: Tensor | None) -> Tensor:
+def _moved(delta: Any, name: str, start: Tensor, pure: Tensor | None) -> Tensor:
     """|theta_1 - theta_0| of one tensor: the step's end, made from the pure base, against this step's start."""
-    return (change.apply(start.detach() if pure is None else pure) - start.detach()).abs()
+    return (new_value(delta, name, start.detach() if pure is None else pure) - start.detach()).abs()

@@ -110,6 +110,7 @@ class Budget:
         return {
             "title": "One budget, two kinds of rows",
             "x_label": "share spent on preferences",
+            "rows_label": "demonstrations + preferences",
             "lines": lines,
             "best": table,
             "said": finding["advice"],
