@@ -1,15 +1,14 @@
 """[069] Self-play fine-tuning: once SFT on a small set stops gaining, playing against one's own answers goes on gaining.
 
-Task: a new procedure from 60 rows, until they are learnt by heart. Both arms begin with the same SFT; then three rounds of
-self-play, or as many further steps of SFT, on the same rows, each at its own best rate. Compared: held-out accuracy.
-(Begun where SFT on 200 rows still gains, after 60 steps, SFT went on to 97 % and self-play to 38 %.)
+Task: a new procedure from 200 rows. Both arms begin with the same SFT; then three rounds of self-play, or as many further steps
+of SFT, on the same rows, each at its own best rate. Compared: held-out accuracy.
 """
 
 from temperament.run.claims import Claim
 
-ROWS = {"data.lab": {"skills": ["shift"], "rows": 60}}
+ROWS = {"data.lab": {"skills": ["shift"], "rows": 200}}
 RATES = {"spin": [3e-5, 1e-4], "sft": [3e-5, 1e-4]}
-WARM, STEPS, ROUNDS = 150, 40, 3
+WARM, STEPS, ROUNDS = 60, 40, 3
 
 
 def train(source, rate: float, steps: int, **more) -> dict:
@@ -58,4 +57,8 @@ claim = Claim(
     baseline="continued SFT on the same rows, as many steps, its own best rate",
     seeds=(0, 1, 2, 3, 4),
     run=run,
+    why=(
+        "A question here has one right answer: while SFT still gains it gains more (97 % against 38 %), and once it has learnt "
+        "the rows by heart (60 rows, 150 steps) the model's own answers are the given ones, and there is nothing to play."
+    ),
 )

@@ -62,5 +62,5 @@ claim = Claim(
     within=(("easy", 0.1),),
     seeds=(0, 1, 2),
     run=run,
-    note="`demonstrations` is how many of the 600 questions were ever shown with their answer",
+    note="`demonstrations`: how often a question was shown with its answer",
 )

@@ -67,4 +67,8 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     note="`uniform` of the method is the same with masks of uniform noise, at their own best rate.",
+    why=(
+        "Pictures of 16 x 16 leave masks little to take but the figure: heated under learned masks 39 % is learnt, under uniform "
+        "noise 40 %, in as many plain steps 68 %."
+    ),
 )
