@@ -68,7 +68,7 @@ claim = Claim(
     run=run,
     note="`uniform` of the method is the same with masks of uniform noise, at their own best rate.",
     why=(
-        "Pictures of 16 x 16 leave masks little to take but the figure: heated under learned masks 39 % is learnt, under uniform "
-        "noise 40 %, in as many plain steps 68 %."
+        "Pictures of 16 x 16 leave masks little to take but the figure: heated under learned masks 39 % is learnt, under "
+        "uniform noise 40 %, in as many plain steps 68 %."
     ),
 )

@@ -68,7 +68,7 @@ claim = Claim(
     run=run,
     note="`class` is 1 - PRES by the world's own eye on captions held out of both kinds of rows; `variety` is DIV",
     why=(
-        "The class does not drift at lab scale, prior or not: no cross of other captions shows the subject. What the prior kept "
-        "is the variety of crosses (0.045 against 0.031) and other shapes (97 % against 83 %)."
+        "The class does not drift at lab scale, prior or not: no cross of other captions shows the subject. What the prior "
+        "kept is the variety of crosses (0.045 against 0.031) and other shapes (97 % against 83 %)."
     ),
 )
