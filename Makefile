@@ -8,7 +8,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/temper compare recipes/demo.yaml --methods select.full,select.half,adapters.lora --out runs/demo
 
 test: $(VENV)/.test
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bases: $(VENV)/.test
 	$(BIN)/python -m temperament.bases.train_policy

@@ -143,7 +143,7 @@ def _added(model: Model, head: str) -> ClassHead:
 
 def cost(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """(rows,): the cross-entropy of each picture's class, nats; 0 where it has none."""
-    if int(labels.max()) >= logits.shape[1]:
+    if int(labels.max()) >= max(logits.shape[1], 1):  # (a plan's shapes have no numbers: there it is class 0 of none)
         mend = "give this source as `of`, of adapters.class_head or of the objective"
         mend = f"the model tells {logits.shape[1]} classes apart; {mend}"
         raise UserError("train.source", f"class {int(labels.max())}", mend)
