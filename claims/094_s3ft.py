@@ -1,9 +1,10 @@
 """[094] S3FT: training on one's own right answers, where there are any, teaches as much as the given ones and moves the model
 less.
 
-Task: sums worked out step by step, which the lab base half knows; the given answers are worked in an unusual notation. Both
-arms: the same rows, the same steps, each at its own best rate. Compared: divergence from the base on retained skills, at no
-lower accuracy.
+Task: sums worked out step by step, of which the lab base gets about half right; the given answers are worked in an unusual
+notation, and there is room for it when they are asked. Both arms: the same rows, the same steps, each at its own best rate.
+Compared: divergence from the base on retained skills, at no lower accuracy. (A first run was void: its base knew all of the
+task, and answers in the taught notation were cut short.)
 """
 
 import json
@@ -11,7 +12,8 @@ import json
 from temperament.bases import worlds
 from temperament.run.claims import Claim
 
-SUITE = {"evaluate.lab": {"target": "workout", "retained": ["add", "subtract", "add-steps", "sort", "people"]}}
+KNOWN = ["add", "subtract", "add-steps", "sort", "people"]
+SUITE = {"evaluate.lab": {"target": "workout", "max_new": 100, "retained": KNOWN}}
 RATES = [1e-4, 3e-4]
 
 
@@ -34,11 +36,12 @@ def recipe(arm: str, rate: float, path: str) -> dict:
         "source": rows if arm == "sft" else {"data.file": {"path": "own", "holdout": 0}},
         "optimizer": {"optim.adamw": {"lr": {"schedules.constant": {"value": rate, "warmup": 10}}}},
         "batch": 16,
-        "steps": 120,
+        "steps": 80,
     }
     steps = [*([build] if arm == "s3ft" else []), {"name": "train", "train": train}]
     aides = {"judge": {"aides.match": {"by": "number"}}}
-    return {"base": "lab/lm", "aides": aides, "steps": steps, "evaluation": {"items": 100, "keep": False, "suites": [SUITE]}}
+    evaluation = {"items": 100, "keep": False, "suites": [SUITE]}
+    return {"base": "lab/lm@half", "aides": aides, "steps": steps, "evaluation": evaluation}
 
 
 def run(seed, lab):
@@ -56,6 +59,6 @@ claim = Claim(
     better="lower",
     baseline="SFT on the given answers, equal steps, its own best rate",
     within=(("target", 0.01),),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
     run=run,
 )

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from temperament.methods.adapters.lora import LoRA
+from temperament.methods.adapters.mixlora import MixLoRA
 from temperament.methods.objectives.preference.dpo import DPO
 from temperament.methods.objectives.sft.cross_entropy import CrossEntropy
 from temperament.methods.optim.adamw import AdamW
 from temperament.methods.optim.sgd import SGD
 from temperament.methods.select.full import Full
+from temperament.methods.select.lift import Lift
 from temperament.nn.context import checkpointing
 from temperament.protocols import Progress
 from temperament.run.dry import META, Counting, shapes_of
@@ -50,6 +52,8 @@ CASES = {
     "full, sgd": dict(source=Rows(longest=40), trainable=[Full()], optimizer=SGD(0.1)),
     "lora": dict(source=Rows(longest=40), trainable=[LoRA(rank=4)]),
     "dpo": dict(source=Rows("Pairs", longest=40), objective=DPO(), trainable=[LoRA(rank=4)]),
+    "lift": dict(source=Rows(longest=40), trainable=[Lift(rank=4, share=0.05)]),
+    "mixlora": dict(source=Rows(longest=40), trainable=[MixLoRA(rank=4)]),
     "checkpointing": dict(source=Rows(longest=40), trainable=[Full()], checkpointing=True),
 }
 

@@ -38,12 +38,20 @@ def largest(scores: Tensor, k: int) -> Tensor:
     flat = scores.reshape(-1)
     if k >= flat.numel():
         return torch.arange(flat.numel(), device=flat.device)
-    if k <= 0:
-        return torch.zeros(0, dtype=torch.long, device=flat.device)
+    if k <= 0 or flat.device.type == "meta":  # (of shapes without numbers: that there are k)
+        return torch.zeros(max(k, 0), dtype=torch.long, device=flat.device)
     edge = flat.kthvalue(flat.numel() - k + 1).values
     above = (flat > edge).nonzero().squeeze(1)
     tied = (flat == edge).nonzero().squeeze(1)[: k - len(above)]
     return torch.cat([above, tied]).sort().values
+
+
+def rows_of(chosen: Tensor, one: int, of: int) -> tuple[Tensor, Tensor]:
+    """(rows, slots) in which `one` of so many was chosen, from chosen (n, k); of shapes without numbers an even share."""
+    if chosen.device.type == "meta":
+        share = torch.zeros(-(-chosen.numel() // of), dtype=torch.long, device=chosen.device)
+        return share, share
+    return (chosen == one).nonzero(as_tuple=True)
 
 
 def largest_of_all(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:

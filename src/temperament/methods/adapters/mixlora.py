@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from temperament.delta import Addition
 from temperament.errors import UserError
-from temperament.nn import draws, forward
+from temperament.nn import draws, forward, linalg
 from temperament.nn.batch import Batch, Tokens
 from temperament.nn.context import context, current
 from temperament.nn.draws import Address
@@ -58,8 +58,9 @@ class Mixture(Around):
             now.streams.setdefault(STREAM, []).append((probabilities, experts, mask))
         shared = {role: self.maps[role](flat) for role in ("gate", "up") if role in self.maps}  # once for all experts
         out = torch.zeros_like(flat)
-        for e in range(len(self.tensors["router"])):
-            token, slot = (experts == e).nonzero(as_tuple=True)
+        of = len(self.tensors["router"])
+        for e in range(of):
+            token, slot = linalg.rows_of(experts, e, of)
             mine = flat[token]
             wide = {role: shared[role][token] + self.low(role, e, mine) for role in shared}
             h = self.act(wide["gate"]) * wide["up"] if "gate" in wide else self.act(wide["up"])

@@ -20,8 +20,11 @@ class Lab:
     retained: list[str] = field(default_factory=list)  # retained skills; empty: all that the base is meant to know
     items: int | None = None  # items a skill; default: evaluation.items
     seed: int = 0  # which held-out items
+    max_new: int | None = None  # tokens an answer may have; null: those of the longest right one, and four
 
     def __post_init__(self):
+        if self.max_new is not None and self.max_new < 1:
+            raise ValueError("max_new must be at least 1")
         for name in [*self.retained, *([self.target] if self.target else [])]:
             worlds.skill(name)
 
@@ -38,6 +41,6 @@ class Lab:
             Question(i.id, i.prompt, i.answer, lambda output, i=i: float(skill.check(i, output)) if exact else 0.0)
             for i in items
         )
-        longest = max(len(ctx.base.tokenizer(i.answer)["input_ids"]) for i in items)
+        room = self.max_new or 4 + max(len(ctx.base.tokenizer(i.answer)["input_ids"]) for i in items)
         role = "target" if skill.name == self.target else "retained"
-        return TextSkill(skill.name, questions, role, skill.metric, longest + 4, skill.distance_to.get(self.target or ""))
+        return TextSkill(skill.name, questions, role, skill.metric, room, skill.distance_to.get(self.target or ""))
