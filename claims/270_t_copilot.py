@@ -44,4 +44,8 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     note="`longer` is the pilot alone with twice the updates",
+    why=(
+        "The copilot mends about as many answers as it spoils (1, 1 and -2 points on three seeds); twice the updates of the "
+        "pilot alone, which cost less, take it from 33 % to 88 %."
+    ),
 )
