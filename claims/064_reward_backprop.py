@@ -66,7 +66,7 @@ claim = Claim(
     run=run,
     note="`samples`: pictures painted in training until the level was reached; `others`: captions still painted as asked",
     why=(
-        "Both ways end with alike variety (0.145 and 0.144, of 0.196 before) after as many pictures: a gradient through ten steps "
-        "of a small network is short enough to be kept whole."
+        "Both ways end with alike variety (0.145 and 0.144, of 0.196 before) after as many pictures: a gradient through "
+        "ten steps of a small network is short enough to be kept whole."
     ),
 )

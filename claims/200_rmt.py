@@ -7,7 +7,7 @@ rate, chosen on pictures of another seed. Beside them: the network as it is, and
 from temperament.run.claims import Claim
 
 KINDS = ("fog", "noise", "blur", "contrast", "pixelate")
-RATES = {"rmt": [1e-4, 3e-4, 1e-3], "tent": [3e-4, 1e-3, 3e-3]}
+RATES = {"rmt": [1e-4, 3e-4, 1e-3, 3e-3], "tent": [3e-4, 1e-3, 3e-3, 1e-2]}
 TUNED_ON = 100  # seed of the pictures on which rates are chosen
 
 
