@@ -140,7 +140,7 @@ def save(base: Base, of: str, folder: Path, got: dict[int, dict[str, float]], pl
         f"temperament.bases.train_consistency` with seed {plan.seed}; it\nis sampled with guidance 1. "
         f"Of 400 samples for captions held out of training, these show what was asked (all:\nshape, colour and place at "
         f"once;\naway: root mean square to the nearest scene):\n\n"
-        f"{lines}\n\nLicence: Apache-2.0.\n"
+        f"{lines}\n\n{lab.JUDGE}\n\nLicence: Apache-2.0.\n"
     )
 
 

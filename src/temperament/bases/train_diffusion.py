@@ -34,6 +34,10 @@ SCHEDULERS = {
              "set_alpha_to_one": True},
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }  # fmt: skip
+JUDGE = (  # how a card's shares are to be read
+    "Shares are by a lookup of the nearest render of the world (`sprites.recognise`), which rejects nothing: a picture of\n"
+    "no scene counts as its nearest one."
+)
 PIPELINES = {"unet": "StableDiffusionPipeline", "flow": "StableDiffusion3Pipeline"}
 
 
@@ -176,7 +180,7 @@ def save(base: Base, kind: str, folder: Path, found: dict[str, float], plan: Pla
         f"# lab/{kind}\n\nA tiny text-to-image model of the sprite world, made for tests and experiments: 16 x 16 pixels, "
         f"{count:,} parameters, fp16.\nTrained by `python -m temperament.bases.train_diffusion {kind}` with seed {plan.seed}. "
         f"Of 400 samples for captions held out of training, these\nshow what was asked (all: shape, colour and place at once): "
-        f"{said}.\n\nLicence: Apache-2.0.\n"
+        f"{said}.\n\n{JUDGE}\n\nLicence: Apache-2.0.\n"
     )
 
 

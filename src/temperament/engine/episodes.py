@@ -71,7 +71,7 @@ def play(
                     raise UserError(
                         "explore",
                         "step",
-                        "nothing corrects the plans of this policy: add adapters.residual_policy, or explore: plan",
+                        "nothing corrects the plans of this policy: add a part that decides at every step, or explore: plan",
                     )
                 decision = says.mean + torch.exp(says.log_std) * noise[:, t]
                 keep(

@@ -3,7 +3,7 @@
     rare_words(tokenizer, 1)        ["sks"]
 
 A word of one token that training has hardly seen carries little meaning that would have to be unlearnt, and a token of its
-own cannot drag other words along. The rule (DreamBooth, paper 274):
+own cannot drag other words along. The rule (Ruiz et al. 2023):
 
     id in 5000..9999 where the vocabulary is ordered by score (Unigram: T5), in its last quarter where it is ordered by merges
     or as it was made (BPE: CLIP; words)

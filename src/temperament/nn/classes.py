@@ -1,4 +1,4 @@
-"""Heads that name classes beside the one a base was made with: what `adapters.class_head` hangs on a model.
+"""Heads that name classes beside the one a base was made with: what an adapter hangs on a model.
 
     heads(model) -> {name: ClassHead}       those that take part in it as it is now (none in the version "base")
 

@@ -4,7 +4,7 @@
     says = policy(observations, planned)         what it adds, at this very step, to the action that was planned for it
     says.action(decision)                        what is then done, in the world's normalised actions (-1 to 1)
 
-A bare policy adds nothing to its plans. What is put around it may (`adapters.residual_policy`): it decides at every step,
+A bare policy adds nothing to its plans. What is put around it may: it decides at every step,
 while the plan is made anew only when the last one is used up. Decisions are Gaussian; log-probs are of the decision, never
 of the action it leads to."""
 

@@ -64,7 +64,7 @@ class Views:
             raise UserError("players", player, f"no player is called so; {nearest(player, self.others)}")
         heads = (self.others[player] if player else self.live).heads
         if name not in heads:
-            mend = "add a part that brings one to its trainable, e.g. adapters.value_head or adapters.projection_head"
+            mend = "add a part that brings one to its trainable; temper parts --room adapters lists them"
             raise UserError(
                 "head", name, f"{player or 'the player'} has no such head; {nearest(name, heads) if heads else mend}"
             )

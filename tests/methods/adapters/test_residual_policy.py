@@ -324,7 +324,7 @@ def test_steps_are_trimmed_and_split_like_tokens():
 def test_what_cannot_be_is_refused_in_a_sentence():
     on = base()
     it = _full(on)
-    with pytest.raises(UserError, match=r"adapters\.residual_policy, or explore: plan"):
+    with pytest.raises(UserError, match=r"decides at every step, or explore: plan"):
         rollout(on, it)
     it.close()
     with pytest.raises(UserError, match=r"insrt.*insert"):

@@ -129,7 +129,7 @@ def test_what_it_lacks_is_said():
     rows.labels.fill_(-1)
     alone = live(seeing())
     alone.mark("ema")
-    with pytest.raises(UserError, match=r"projection.*adapters\.projection_head"):
+    with pytest.raises(UserError, match=r"projection.*a part that brings one"):
         gradients(alone, parts.build("objectives.robust.rmt"), rows, 3)
     it.heads["projection"].prototypes = None
     with pytest.raises(UserError, match=r"data\.sprites"):

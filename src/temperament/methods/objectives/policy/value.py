@@ -19,7 +19,7 @@ class Value:
 
         loss = 1/2 sum_t max( (V - returns_t)^2, (V_old + clamp(V - V_old, -c, c) - returns_t)^2 ) / count    count: tokens
 
-    For a player with `adapters.value_head` whose turn comes after that of the policy: `returns` and V_old are what
+    For a player with a value head whose turn comes after that of the policy: `returns` and V_old are what
     objectives.policy.ppo left in the batch. Source: Schulman et al. 2017; paper 213."""
 
     batch: ClassVar = ("Rollout",)
