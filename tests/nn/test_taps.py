@@ -79,7 +79,7 @@ def test_checkpointing_without_carrying_is_noticed():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "unet"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "vit", "clip", "unet"])
 def test_checkpointing_of_whole_models(name):
     """A module inside a foreign model reads the context and is patched; gradients with and without checkpointing are equal."""
     grads = []
