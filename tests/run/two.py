@@ -48,6 +48,17 @@ PLAYED = {
     "objective": {"Rollout": {"objectives.policy.value": {"epochs": 2}}},
     "trainable": [{"adapters.value_head": {"hidden": 8}}],
 }
+FIGURES = {"data.sprites": {"figures": 3, "rows": 12}}
+SEE = {"source": FIGURES, "objective": "objectives.classify.cross_entropy"}
+NEW = {"adapters.class_head": {"of": FIGURES}}
+MASKED = {"source": FIGURES, "objective": {"objectives.classify.noise_mask": {"kernel": 3, "sigma": 1.0}}}
+MASKER = {"objective": {"Images": "objectives.policy.noise_mask"}, "on": "start",
+          "trainable": ["select.full", {"adapters.mask_policy": {"grid": 2}}], "optimizer": ADAMW}  # fmt: skip
+SUBJECT = {"data.prior_preservation": {"of": {"data.sprite_subject": {"sprite": 0}}, "noun": "cross", "count": 3,
+                                       "sampler": {"sample.sampler": {"steps": 2, "eta": 1.0}}}}  # fmt: skip
+CHAIN = {"captions": {"data.captions": {"captions": ["a red disc on black", "a blue bar on navy"]}},
+         "rewards": ["rewards.brightness"], "group": 3, "steps": 2, "least": 2}  # fmt: skip
+LORA = {"adapters.lora": {"rank": 2, "targets": ["attention"]}}
 
 FAMILIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "masks that move": ("lab/lm-small", [step("lift", trainable={"select.lift": {"rank": 4, "share": 0.1, "refresh": 2}})]),
@@ -62,6 +73,15 @@ FAMILIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "a policy": ("lab/policy", [step(
         "residual", source=EXPLORE, objective={"objectives.policy.ppo": {"beta": 0.01, "epochs": 2, "minibatches": 2}},
         trainable={"adapters.residual_policy": {"width": 8, "scale": 0.5}}, players={"critic": PLAYED}, batch=8)]),
+    "a pyramid beside": ("lab/vit", [step("hst", **SEE, trainable={"adapters.side.hst": {"of": FIGURES}})]),
+    "a bank of features": ("lab/cnn", [step(
+        "tune", **SEE, regularizers=[{"regularizers.dr_tune": {"bank": 6}}], trainable=["select.full", NEW])]),
+    "two players on pictures": ("lab/cnn", [step(
+        "heat", **MASKED, trainable=["select.full", NEW], players={"masker": MASKER})]),
+    "a subject": ("lab/unet", [step("dream", source=SUBJECT, objective="objectives.diffusion.denoise", trainable=LORA)]),
+    "a chain of pictures": ("lab/consistency", [step(
+        "rlcm", source={"rollout.denoising_chain": CHAIN}, trainable=LORA, batch=6,
+        objective={"objectives.policy.ppo": {"critic": None, "gamma": 1.0, "beta": 0.0, "clip": 1e-4, "epochs": 1}})]),
 }  # fmt: skip
 
 
