@@ -184,7 +184,8 @@ def test_rollouts_are_a_function_of_step_and_policy(base):
     a = [one.batch(k) for k in (0, 1, 2)]
     b = {k: two.batch(k) for k in (2, 0)}
     assert equal(a[0], b[0]) and equal(a[2], b[2])
-    assert not equal(a[0].tokens, rolling(base, s + 1).batch(0).tokens)
+    other = rolling(base, s + 1)
+    assert not all(equal(a[k].tokens, other.batch(k).tokens) for k in (0, 1, 2))  # (one batch may be alike by chance)
     assert len(a[0]) == 6 and a[0].group.unique().numel() == 2 and a[0].tokens.examples[:, 0].unique().numel() == 6
     shake(one.ctx.live, 0.3)
     assert not torch.equal(one.batch(0).behaviour, a[0].behaviour)  # it samples from the policy as it stands
