@@ -20,7 +20,7 @@ SCENES = [
     ("blue frame", "top left", "grey"),
 ]
 CAPTIONS = [f"a {subject} at the {place} on {ground}" for subject, place, ground in SCENES]
-RATES = [3e-4, 1e-3, 3e-3]
+RATES = [3e-4, 1e-3]
 ARMS = {"rlcm": ("lab/consistency", 4, 1.0, 60), "ddpo": ("lab/unet", 20, 1.0, 12)}  # base, steps of a chain, guidance, updates
 REWARD = {"rewards.brightness": {}}
 

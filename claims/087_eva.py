@@ -10,7 +10,7 @@ METHODS = {
     "eva": {"rank": RANK, "init": {"adapters.init.eva": {"rho": 2.0}}},
     "lora": {"rank": RANK},
 }
-RATES = [1e-3, 2e-3, 4e-3, 8e-3]
+RATES = [1e-3, 2e-3, 4e-3]
 
 
 def recipe(options: dict, rate: float, steps: int = 400, items: int = 100) -> dict:
