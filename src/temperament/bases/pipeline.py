@@ -43,7 +43,7 @@ def fetched(spec: str, field: str) -> Path | None:
 
     try:
         hf_hub_download(spec, "model_index.json")
-    except Exception:
+    except Exception:  # no such file, no such repository or no network: the loader that is tried next says which
         return None
     try:
         return Path(

@@ -8,6 +8,7 @@
     image_features, text_features               (rows, width) on the unit sphere, of a dual encoder (CLIP)
     fits(model, base, pixels, captions)         (rows, k): the logit of each of a picture's k captions
     cost(logits, labels)                        (rows,) cross-entropy of each picture's class
+    counted(rows), named(logits, labels)        the counts and the terms of an objective on classes
 
 pixels (rows, 3, H, W) in 0..1. `model` is a module or a view of one; ViTs, residual networks and CLIP are called alike.
 """
@@ -28,6 +29,7 @@ from temperament.nn.batch import Images
 from temperament.nn.classes import ClassHead, heads
 from temperament.nn.context import context
 from temperament.nn.forward import Model
+from temperament.protocols import Term, Terms
 
 
 def dual(base: Any) -> bool:
@@ -148,6 +150,21 @@ def cost(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         mend = f"the model tells {logits.shape[1]} classes apart; {mend}"
         raise UserError("train.source", f"class {int(labels.max())}", mend)
     return F.cross_entropy(logits, labels.clamp(min=0), reduction="none", label_smoothing=smoothing) * (labels >= 0)
+
+
+def counted(whole: Images) -> dict[str, float]:
+    """The counts of `named`: labelled pictures. Pictures of which none can have a label are refused."""
+    if whole.labels is None:
+        raise UserError("train.source", "Images", "its pictures have no labels; use a source of classes, e.g. data.sprites")
+    return dict.fromkeys(("cross_entropy", "accuracy"), float((whole.labels >= 0).sum()))
+
+
+def named(logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Terms:
+    """Two terms of logits (rows, classes): the cost of each picture's class, weighed, and whether it is told rightly, which is
+    logged."""
+    each, n = cost(logits, labels, smoothing), float((labels >= 0).sum())
+    right = (logits.detach().argmax(-1) == labels).float()
+    return {"cross_entropy": Term(each if weights is None else each * weights, n), "accuracy": Term(right, n, weight=0)}
 
 
 def newest(model: Model) -> str | None:

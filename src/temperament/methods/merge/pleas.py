@@ -258,7 +258,7 @@ def _allowed(model: nn.Module, groups: Sequence[Group], sizes: dict[str, int]) -
             config = _config(model, groups, sizes)
             type(config)(**config.to_dict())
             break
-        except Exception:
+        except Exception:  # each config refuses a number of heads in its own way
             sizes = sizes | {name: sizes[name] - 1 for name in heads}
     return sizes
 

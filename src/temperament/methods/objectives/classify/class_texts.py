@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 from temperament.engine import see
 from temperament.engine.augment import looked
-from temperament.errors import UserError
 from temperament.nn.batch import Images
 from temperament.parts import number, part
-from temperament.protocols import Pictured, Term, Terms
+from temperament.protocols import Pictured, Terms
 
 
 @part("objectives.classify.class_texts", papers=["013"], modalities=("image",))
@@ -35,16 +34,11 @@ class ClassTexts:
             raise ValueError("look must not be negative")
 
     def counts(self, whole: Images) -> dict[str, float]:
-        if whole.labels is None:
-            raise UserError("train.source", "Images", "its pictures have no labels; use a source of classes, e.g. data.sprites")
-        n = float((whole.labels >= 0).sum())
-        return {"cross_entropy": n, "accuracy": n}
+        return see.counted(whole)
 
     def loss(self, micro: Images, views: Any) -> Terms:
         base, model = views.live.base, views.model
         texts = see.text_features(model, base, [self.template.format(c) for c in self.of.classes(base)])
         pixels = looked(micro.pixels, micro.examples, views.seed, "one", self.look)
         logits = (see.scale(model) * see.image_features(model, base, pixels) @ texts.T).float()
-        each, n = see.cost(logits, micro.labels), float((micro.labels >= 0).sum())
-        right = logits.detach().argmax(-1) == micro.labels
-        return {"cross_entropy": Term(each, n), "accuracy": Term(right.float(), n, weight=0)}
+        return see.named(logits, micro.labels)

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from temperament.engine import see
-from temperament.errors import UserError
 from temperament.nn.batch import Images
 from temperament.parts import number, part
-from temperament.protocols import Term, Terms
+from temperament.protocols import Terms
 
 
 @part("objectives.classify.cross_entropy", modalities=("image",))
@@ -29,14 +28,9 @@ class CrossEntropy:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
 
     def counts(self, whole: Images) -> dict[str, float]:
-        if whole.labels is None:
-            raise UserError("train.source", "Images", "its pictures have no labels; use a source of classes, e.g. data.sprites")
-        n = float((whole.labels >= 0).sum())
-        return {"cross_entropy": n, "accuracy": n}
+        return see.counted(whole)
 
     def loss(self, micro: Images, views: Any) -> Terms:
         head = self.head or see.newest(views.model)
         logits = see.logits(views.model, views.live.base, micro.pixels, head).float()
-        each, n = see.cost(logits, micro.labels, self.label_smoothing), float((micro.labels >= 0).sum())
-        right = logits.detach().argmax(-1) == micro.labels
-        return {"cross_entropy": Term(each, n), "accuracy": Term(right.float(), n, weight=0)}
+        return see.named(logits, micro.labels, self.label_smoothing)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from temperament.engine import see
 from temperament.engine.mask import log_beta, masked
-from temperament.errors import UserError
 from temperament.nn import draws
 from temperament.nn.batch import Images
 from temperament.parts import number, part
@@ -45,8 +44,7 @@ class NoiseMask:
             raise ValueError("mode is official, which needs a masker")
 
     def prepare(self, whole: Images, views: Any) -> Images:
-        if whole.labels is None:
-            raise UserError("train.source", "Images", "its pictures have no labels; use a source of classes, e.g. data.sprites")
+        see.counted(whole)  # refuses pictures without labels
         step = views.progress.step
         if self.masker is None:
             whole.drawn = draws.uniform(views.seed, "mask", step, whole.examples, (self.grid**2,))
@@ -62,18 +60,11 @@ class NoiseMask:
         return whole
 
     def counts(self, whole: Images) -> dict[str, float]:
-        n = float((whole.labels >= 0).sum())
-        return {"cross_entropy": n, "accuracy": n, "light": float(len(whole))}
+        return see.counted(whole) | {"light": float(len(whole))}
 
     def loss(self, micro: Images, views: Any) -> Terms:
-        logits = self.logits(micro, views)
-        each, n = see.cost(logits, micro.labels), float((micro.labels >= 0).sum())
-        right = (logits.detach().argmax(-1) == micro.labels).float()
-        return {
-            "cross_entropy": Term(each if micro.weights is None else each * micro.weights, n),
-            "accuracy": Term(right, n, weight=0),
-            "light": Term(micro.drawn.mean(1), len(micro), weight=0),
-        }
+        terms = see.named(self.logits(micro, views), micro.labels, weights=micro.weights)
+        return terms | {"light": Term(micro.drawn.mean(1), len(micro), weight=0)}
 
     def logits(self, rows: Images, views: Any) -> Tensor:
         head = self.head or see.newest(views.model)
