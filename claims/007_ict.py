@@ -38,12 +38,8 @@ def recipe(base: str, arm: str, rate: float) -> dict:
 
 
 def run(seed, lab):
-    base = str(as_consistency("lab/unet", lab.folder / "start"))
-    found = {}
-    for arm in ARMS:
-        tried = [(lab.tune(f"{arm}-rate-{r:g}", recipe(base, arm, r), 100)["target"], r) for r in RATES]
-        best = min(tried)[1]
-        found[arm] = lab.tune(arm, recipe(base, arm, best), seed) | {"rate": best}
+    base = lab.made("start", lambda path: as_consistency("lab/unet", path))
+    found = {arm: lab.best(arm, lambda rate, arm=arm: recipe(base, arm, rate), RATES, seed) for arm in ARMS}
     numbers = lambda arm: {"kid": found[arm]["target"], **{k: found[arm][k] for k in ("seconds", "rate")}}
     return {"method": numbers("ict"), "baseline": numbers("ct")}
 

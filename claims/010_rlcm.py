@@ -54,11 +54,7 @@ def recipe(arm: str, rate: float) -> dict:
 
 
 def run(seed, lab):
-    found = {}
-    for arm in ARMS:
-        tried = [(lab.tune(f"{arm}-rate-{r:g}", recipe(arm, r), 100)["target"], r) for r in RATES]
-        best = max(tried)[1]
-        found[arm] = lab.tune(arm, recipe(arm, best), seed) | {"rate": best}
+    found = {arm: lab.best(arm, lambda rate, arm=arm: recipe(arm, rate), RATES, seed) for arm in ARMS}
     numbers = lambda arm: {"reward": found[arm]["target"], **{k: found[arm][k] for k in ("retained", "seconds", "rate")}}
     return {"method": numbers("rlcm"), "baseline": numbers("ddpo")}
 

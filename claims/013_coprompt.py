@@ -7,10 +7,9 @@ seed."""
 
 from temperament.bases.worlds import sprites
 from temperament.bases.worlds.draw import Draw
-from temperament.run.claims import Claim
+from temperament.run.claims import TUNED_ON, Claim
 
 RATES = (0.005, 0.02, 0.08)
-TUNED_ON = 100  # seed of the classes and pictures on which rates are chosen
 TEMPLATE = "a {}"
 
 
@@ -43,8 +42,7 @@ def recipe(weight: float, rate: float, seed: int, steps: int = 150) -> dict:
 def run(seed, lab):
     numbers = {}
     for arm, weight in (("method", 8.0), ("baseline", 0.0)):
-        tried = {r: lab.tune(f"{arm}-rate-{r:g}", recipe(weight, r, TUNED_ON), TUNED_ON)["target"] for r in RATES}
-        rate = max(tried, key=tried.get)
+        rate = lab.rate(arm, lambda rate, w=weight: recipe(w, rate, TUNED_ON), RATES)
         numbers[arm] = lab.tune(arm, recipe(weight, rate, seed), seed) | {"rate": rate}
     return numbers
 

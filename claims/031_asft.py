@@ -8,7 +8,7 @@ import json
 from temperament.bases import worlds
 from temperament.bases.worlds.draw import Draw
 from temperament.bases.worlds.rows import wrong
-from temperament.run.claims import Claim
+from temperament.run.claims import TUNED_ON, Claim
 
 OBJECTIVES = {
     "asft": {"objectives.sft.asft": {"beta": 0.05}},
@@ -18,14 +18,11 @@ OBJECTIVES = {
 RATES = [1e-4, 4e-4]
 
 
-def demonstrations(folder, seed: int, rows: int = 1000, noise: float = 0.2) -> str:
+def demonstrations(path, seed: int, rows: int = 1000, noise: float = 0.2) -> None:
     skill = worlds.skill("add3")
     items, draw = skill.items("train", rows, seed), Draw("noise", seed)
     said = [wrong(i, items, Draw("wrong", i.id, seed), skill.check) if draw.chance(noise) else i.answer for i in items]
-    path = folder / f"noisy-{seed}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": i.prompt, "completion": s}) + "\n" for i, s in zip(items, said, strict=True)))
-    return str(path)
 
 
 def recipe(objective, rate: float, path: str) -> dict:
@@ -53,8 +50,11 @@ def recipe(objective, rate: float, path: str) -> dict:
 
 
 def run(seed, lab):
-    path = demonstrations(lab.folder, seed)
-    got = {n: lab.best(n, lambda rate, o=o: recipe(o, rate, path), RATES, seed) for n, o in OBJECTIVES.items()}
+    of = lambda seed: lab.made(f"noisy-{seed}.jsonl", lambda path: demonstrations(path, seed))
+    got = {}
+    for name, objective in OBJECTIVES.items():
+        rate = lab.rate(name, lambda rate, o=objective: recipe(o, rate, of(TUNED_ON)), RATES)
+        got[name] = lab.tune(name, recipe(objective, rate, of(seed)), seed) | {"rate": rate}
     best = max(("sft", "dft"), key=lambda n: got[n]["target"])
     return {"method": got["asft"] | {"kl_of_dft": got["dft"]["kl"]}, "baseline": got[best]}
 

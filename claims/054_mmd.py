@@ -38,11 +38,7 @@ def recipe(arm: str, rate: float) -> dict:
 
 
 def run(seed, lab):
-    found = {}
-    for arm in OBJECTIVES:
-        tried = [(lab.tune(f"{arm}-rate-{r:g}", recipe(arm, r), 100)["target"], r) for r in RATES[arm]]
-        best = min(tried)[1]
-        found[arm] = lab.tune(arm, recipe(arm, best), seed) | {"rate": best}
+    found = {arm: lab.best(arm, lambda rate, arm=arm: recipe(arm, rate), RATES[arm], seed) for arm in OBJECTIVES}
     numbers = lambda arm: {"kid": found[arm]["target"], **{k: found[arm][k] for k in ("retained", "seconds", "rate")}}
     return {"method": numbers("mmd"), "baseline": numbers("denoise")}
 

@@ -31,11 +31,10 @@ def recipe(options: dict, rate: float, steps: int = 400, items: int = 100) -> di
     }  # fmt: skip
 
 
-def fastest(lab, name: str, seed: int, tuned_on: int = 100) -> dict:
-    """The method at the rate that reached the target in the fewest steps, on a seed of its own."""
-    tried = [(lab.tune(f"{name}-rate-{r:g}", recipe(METHODS[name], r), tuned_on), r) for r in RATES]
-    best = min(tried, key=lambda t: (not t[0]["reached"], t[0]["steps"]))[1]
-    return lab.tune(name, recipe(METHODS[name], best), seed) | {"rate": best}
+def fastest(lab, name: str, seed: int) -> dict:
+    """The method at the rate that reached the target in the fewest steps."""
+    worth = lambda numbers: (numbers["reached"], -numbers["steps"])
+    return lab.best(name, lambda rate: recipe(METHODS[name], rate), RATES, seed, worth)
 
 
 def run(seed, lab):

@@ -10,7 +10,7 @@ task, and answers in the taught notation were cut short.)
 import json
 
 from temperament.bases import worlds
-from temperament.run.claims import Claim
+from temperament.run.claims import TUNED_ON, Claim
 
 KNOWN = ["add", "subtract", "add-steps", "sort", "people"]
 SUITE = {"evaluate.lab": {"target": "workout", "max_new": 100, "retained": KNOWN}}
@@ -21,12 +21,9 @@ def unusual(answer: str) -> str:
     return answer.replace("; ", " | ").replace("+", " and ").replace("=", " is ").replace(" c", " carry ")
 
 
-def given(folder, seed: int, rows: int = 600) -> str:
-    path = folder / f"given-{seed}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def given(path, seed: int, rows: int = 600) -> None:
     items = worlds.skill("workout").items("train", rows, seed)
     path.write_text("".join(json.dumps({"prompt": i.prompt, "completion": unusual(i.answer)}) + "\n" for i in items))
-    return str(path)
 
 
 def recipe(arm: str, rate: float, path: str) -> dict:
@@ -45,8 +42,11 @@ def recipe(arm: str, rate: float, path: str) -> dict:
 
 
 def run(seed, lab):
-    path = given(lab.folder, seed)
-    arms = {arm: lab.best(arm, lambda rate, arm=arm: recipe(arm, rate, path), RATES, seed) for arm in ("s3ft", "sft")}
+    of = lambda seed: lab.made(f"given-{seed}.jsonl", lambda path: given(path, seed))
+    arms = {}
+    for arm in ("s3ft", "sft"):
+        rate = lab.rate(arm, lambda rate, arm=arm: recipe(arm, rate, of(TUNED_ON)), RATES)
+        arms[arm] = lab.tune(arm, recipe(arm, rate, of(seed)), seed) | {"rate": rate}
     return {"method": arms["s3ft"], "baseline": arms["sft"]}
 
 

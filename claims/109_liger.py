@@ -1,8 +1,8 @@
 """[109] Liger: attention turned into a gated recurrence with a window, healed by LoRA, comes back near to the model it was.
 
 The lab base is converted and healed on what it was trained for, by LoRA on q, k, v with plain next-token loss. Compared with
-the same conversion without gates, healed alike: nats per token on held-out natural text. Recorded beside: the linear half
-without the window, and the unconverted base.
+the same conversion without gates, healed alike, each at its own best rate: nats per token on held-out natural text. Recorded
+beside: the linear half without the window, and the unconverted base.
 """
 
 from temperament.run.claims import Claim
@@ -14,10 +14,11 @@ METHODS = {
     "windowless": {"share": 1.0},
 }
 LORA = {"adapters.lora": {"rank": 8, "targets": ["q", "k", "v"]}}
+RATES = [1e-3, 2e-3]
 HEAL = ["text", "copy", "add", "people"]
 
 
-def recipe(options: dict, steps: int = 300, items: int = 60) -> dict:
+def recipe(options: dict, rate: float, steps: int = 200, items: int = 60) -> dict:
     return {
         "base": "lab/lm",
         "check": False,
@@ -26,7 +27,7 @@ def recipe(options: dict, steps: int = 300, items: int = 60) -> dict:
             "train": {
                 "source": {"data.lab": {"skills": HEAL, "rows": 4000}},
                 "trainable": [{"surgery.liger": options}, LORA],
-                "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": 1e-3, "warmup": 10}}}},
+                "optimizer": {"optim.adamw": {"lr": {"schedules.cosine": {"peak": rate, "warmup": 10}}}},
                 "batch": 16,
                 "steps": steps,
             },
@@ -36,9 +37,10 @@ def recipe(options: dict, steps: int = 300, items: int = 60) -> dict:
 
 
 def one(lab, name: str, seed: int) -> dict:
-    json = lab.run(name, recipe(METHODS[name]), seed).json
+    rate = lab.rate(name, lambda rate: recipe(METHODS[name], rate), RATES)
+    json = lab.run(name, recipe(METHODS[name], rate), seed).json
     text = next(s for s in json["ledger"]["skills"] if s["name"] == "text")
-    return summary(json) | {"text_nll": text["nll"]["after"], "base_nll": text["nll"]["before"]}
+    return summary(json) | {"text_nll": text["nll"]["after"], "base_nll": text["nll"]["before"], "rate": rate}
 
 
 def run(seed, lab):

@@ -14,7 +14,7 @@ import torch
 
 from temperament.methods.studies.budget import Budget, stages, variant
 from temperament.nn import draws
-from temperament.run.claims import Claim
+from temperament.run.claims import TUNED_ON, Claim
 from temperament.run.recipe import read
 
 SMALL, LARGE = 32, 640
@@ -25,12 +25,11 @@ TAUGHT = 1e-3  # SFT's, where a share is spent on both
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def files(folder, seed: int) -> dict[str, str]:
+def files(folder, seed: int) -> None:
     """Demonstrations, pairs and test rows of this seed."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, kinds = draws.generator(seed, "claim/122"), {"sft": LARGE, "dpo": LARGE, "test": 100}
     pick = lambda n: torch.randint(n, (1,), generator=rng).item()
-    out = {}
     for kind, n in kinds.items():
         rows = []
         for _ in range(n):
@@ -40,9 +39,7 @@ def files(folder, seed: int) -> dict[str, str]:
             said = careless if kind == "sft" and pick(2) else right
             answer = {"chosen": right, "rejected": careless} if kind == "dpo" else {"completion": said}
             rows.append({"prompt": prompt, **answer})
-        out[kind] = str(folder / f"{kind}-{seed}.jsonl")
-        (folder / f"{kind}-{seed}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return out
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def recipe(at: dict[str, str], budget: int, share: float, rate: float) -> dict:
@@ -61,12 +58,14 @@ def recipe(at: dict[str, str], budget: int, share: float, rate: float) -> dict:
 
 
 def run(seed, lab):
-    at, tuning, found = files(lab.folder / "rows", seed), files(lab.folder / "rows", 100), {}
+    at, tuning = (lab.made(f"rows-{s}", lambda folder, s=s: files(folder, s)) for s in (seed, TUNED_ON))
+    found = {}
     for budget in (SMALL, LARGE):
         for arm, shares in ARMS.items():
             ways = [(share, rate) for share in shares for rate in RATES[arm]]
-            tried = {w: lab.tune(f"{budget}-{w[0]:g}-rate-{w[1]:g}", recipe(tuning, budget, *w), 100)["target"] for w in ways}
-            best = max(ways, key=tried.get)
+            name = lambda w, b=budget: f"{b}-{w[0]:g}-rate-{w[1]:g}"
+            tried = lab.tried(name, lambda w, b=budget: recipe(tuning, b, *w), ways)
+            best = max(ways, key=lambda w: tried[w]["target"])
             numbers = lab.tune(f"{budget}-{arm}", recipe(at, budget, *best), seed)
             found[arm, budget] = numbers | {"share": best[0], "rate": best[1]}
     level = lambda arm, budget: found[arm, budget]["target"]

@@ -4,11 +4,10 @@ A small network with BatchNorm that knows the sprite world meets it foggy, noisy
 labels; it is asked of each picture before it learns from it. Both arms read the batch's statistics and are at their own best
 rate, chosen on pictures of another seed. Beside them: the network as it is, and RMT with the plain cross-entropy."""
 
-from temperament.run.claims import Claim
+from temperament.run.claims import TUNED_ON, Claim
 
 KINDS = ("fog", "noise", "blur", "contrast", "pixelate")
 RATES = {"rmt": [1e-4, 3e-4, 1e-3, 3e-3], "tent": [3e-4, 1e-3, 3e-3, 1e-2]}
-TUNED_ON = 100  # seed of the pictures on which rates are chosen
 
 
 def recipe(arm: str, rate: float, seed: int, rows: int = 128, repeats: int = 4, **objective) -> dict:
@@ -30,8 +29,7 @@ def recipe(arm: str, rate: float, seed: int, rows: int = 128, repeats: int = 4, 
 def run(seed, lab):
     numbers = {}
     for arm, rates in RATES.items():
-        tried = {r: lab.tune(f"{arm}-rate-{r:g}", recipe(arm, r, TUNED_ON), TUNED_ON)["target"] for r in rates}
-        rate = max(tried, key=tried.get)
+        rate = lab.rate(arm, lambda rate, arm=arm: recipe(arm, rate, TUNED_ON), rates)
         numbers[arm] = lab.tune(arm, recipe(arm, rate, seed), seed) | {"rate": rate}
     plain = lab.tune("plain", recipe("rmt", numbers["rmt"]["rate"], seed, reverse=0.0), seed)
     still = [s["before"] for s in numbers["rmt"]["skills"].values() if s["role"] == "target"]

@@ -15,12 +15,12 @@ STEPS = 160
 SUITE = {"evaluate.lab": {"target": "shift", "retained": ["add", "reverse", "people"]}}
 
 
-def recipe(due: int, rate: float) -> dict:
+def recipe(due: int, rate: float, rl: float = 3e-5) -> dict:
     sample = {"rollout.sample": {"prompts": ROWS, "rewards": ["rewards.lab"], "group": 4, "max_new": 16}}
     train = {
         "source": {"rollout.relift": {"rollout": sample, "demonstrations": ROWS, "due": due}},
         "objective": {"objectives.policy.grpo": {"scale": False, "per": "constant", "max_new": 16}},
-        "optimizer": {"optim.adamw": {"lr": 3e-5}},
+        "optimizer": {"optim.adamw": {"lr": rl}},
         "batch": 64,
         "micro": 64,
         "steps": STEPS,
@@ -42,7 +42,7 @@ def shown(lab, name: str, seed: int) -> int:
 
 def run(seed, lab):
     method = lab.best("relift", lambda rate: recipe(16, rate), [3e-4, 6e-4], seed)
-    baseline = lab.tune("rl", recipe(10**6, 3e-4), seed)
+    baseline = lab.best("rl", lambda rate: recipe(10**6, 3e-4, rate), [3e-5, 1e-4], seed)
     easy = lambda numbers: numbers["skills"]["add"]["after"]
     return {
         "method": method | {"easy": easy(method), "demonstrations": shown(lab, "relift", seed)},

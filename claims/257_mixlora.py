@@ -36,13 +36,8 @@ def recipe(trainable: list, rate: float, steps: int = 250, items: int = 60) -> d
     }  # fmt: skip
 
 
-def best(lab, name: str, seed: int, tuned_on: int = 100) -> dict:
-    tried = [(lab.tune(f"{name}-rate-{r:g}", recipe(METHODS[name], r), tuned_on)["target"], r) for r in RATES]
-    return lab.tune(name, recipe(METHODS[name], max(tried)[1]), seed) | {"rate": max(tried)[1]}
-
-
 def run(seed, lab):
-    mixed, plain = best(lab, "mixlora", seed), best(lab, "lora", seed)
+    mixed, plain = (lab.best(name, lambda rate, n=name: recipe(METHODS[n], rate), RATES, seed) for name in ("mixlora", "lora"))
     without = lab.tune("unbalanced", recipe(METHODS["unbalanced"], mixed["rate"]), seed)
     return {"method": mixed | {"unbalanced_target": without["target"]}, "baseline": plain}
 

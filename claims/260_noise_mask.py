@@ -5,10 +5,9 @@ class; it is asked about pictures on any background. Heated: masks drawn by a po
 without masks and with a new head. Compared with plain training of as many steps in the same two parts, each at its own best
 rate; beside it, masks of uniform noise."""
 
-from temperament.run.claims import Claim
+from temperament.run.claims import TUNED_ON, Claim
 
 RATES = (3e-4, 1e-3, 3e-3)
-TUNED_ON = 100  # seed of the pictures on which rates are chosen
 MASK = {"kernel": 3, "sigma": 1.0, "grid": 8}
 OBJECTIVES = {
     "learned": {"objectives.classify.noise_mask": MASK},
@@ -50,8 +49,7 @@ def recipe(arm: str, rate: float, seed: int, steps: int = 160, tune: int = 60) -
 def run(seed, lab):
     numbers = {}
     for arm in OBJECTIVES:
-        tried = {r: lab.tune(f"{arm}-rate-{r:g}", recipe(arm, r, TUNED_ON), TUNED_ON)["target"] for r in RATES}
-        rate = max(tried, key=tried.get)
+        rate = lab.rate(arm, lambda rate, arm=arm: recipe(arm, rate, TUNED_ON), RATES)
         numbers[arm] = lab.tune(arm, recipe(arm, rate, seed), seed) | {"rate": rate}
     return {"method": numbers["learned"] | {"uniform": numbers["uniform"]["target"]}, "baseline": numbers["plain"]}
 

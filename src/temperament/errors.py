@@ -28,6 +28,9 @@ class UserError(TemperError):
         shown = shown if len(shown) < 120 else shown[:110] + "..." + shown[-1]
         super().__init__(one_line(f"{field} is {shown}: {mend}{'' if mend.endswith('?') else '.'}"))
 
+    def __reduce__(self):  # what travels between processes is what it was made of
+        return type(self), (self.field, self.value, self.mend)
+
 
 class Unusable(UserError):
     """Something in a file cannot be used: "train.jsonl, line 5: it lacks 'completion'; mend it." where: file and line."""

@@ -21,6 +21,7 @@ OPTIONS = (
     Opt("--all", "run every claim that has not been run"),
     Opt("--list", "list all claims and what came of them"),
     Opt("--out", "folder the runs are kept in", "DIR"),
+    Opt("--jobs", "seeds that run side by side", "N", type=int, shown="as many as there are cores"),
     Opt("--quiet", "no progress, only the result"),
 )
 
@@ -33,8 +34,10 @@ def run(a: Any, say: Say) -> Any:
         return api.claim()
     with Live(say) as tell:
         if a.all:
-            return [api.claim(c["paper"], out=a.out, tell=tell) if c["status"] == "not-run" else c for c in api.claim()]
-        return api.claim(a.id, out=a.out, tell=tell)
+            out = lambda paper: a.out and f"{a.out}/{paper}"
+            one = lambda paper: api.claim(paper, out=out(paper), tell=tell, jobs=a.jobs)
+            return [one(c["paper"]) if c["status"] == "not-run" else c for c in api.claim()]
+        return api.claim(a.id, out=a.out, tell=tell, jobs=a.jobs)
 
 
 def show(data: Any, say: Say, a: Any) -> None:

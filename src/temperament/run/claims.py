@@ -16,13 +16,20 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
 
 from temperament.errors import UserError, nearest
 from temperament.run.recipe import read
@@ -31,6 +38,8 @@ from temperament.run.tune import tune
 from temperament.stats import t_interval
 from temperament.train.checkpoint import write_atomic
 
+TUNED_ON = 100  # seed on which rates are chosen
+WIDER = 3  # rates at most that a grid grows by
 PLACES = (Path(__file__).resolve().parents[1] / "claims", Path(__file__).resolve().parents[3] / "claims")
 
 
@@ -50,6 +59,14 @@ class Claim:
     seeds: tuple[int, ...] = (0, 1, 2)
     note: str = ""  # what a reader of the result must know
     why: str = ""  # what was found to be the reason, where it did not hold
+
+
+Worth = Callable[[dict[str, float]], Any]  # of the numbers of a run: the greater the better
+
+
+def least_loss(numbers: dict[str, float]) -> tuple:
+    """Of runs that reached their level the one with the least loss, else the one with the best target."""
+    return (True, numbers["retained"]) if numbers["reached"] else (False, numbers["worth"])
 
 
 @dataclass
@@ -75,15 +92,65 @@ class Lab:
             else tune(recipe, folder, resume=True, tell=self.tell)
         )
 
+    def made(self, name: str, make: Callable[[Path], Any]) -> str:
+        """A file or folder that runs read, made once by make(path): seeds that run side by side share it."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                unfinished = path.with_name(path.name + ".unfinished")
+                make(unfinished)
+                unfinished.rename(path)
+        return str(path)
+
     def best(
-        self, name: str, recipe: Callable[[float], Any], rates: list[float], seed: int, tuned_on: int = 100
+        self, name: str, recipe: Callable[[float], Any], rates: Iterable[float], seed: int, worth: Worth = least_loss
     ) -> dict[str, float]:
-        """A method at its own best learning rate: each is tried on a seed of its own, and the one that reached the level with
-        the least loss is used. recipe(rate) -> recipe."""
-        tried = [(self.tune(f"{name}-rate-{r:g}", recipe(r), tuned_on), r) for r in rates]
-        reached = [t for t in tried if t[0]["reached"]]
-        best = max(reached, key=lambda t: t[0]["retained"])[1] if reached else max(tried, key=lambda t: t[0]["worth"])[1]
-        return self.tune(name, recipe(best), seed) | {"rate": best}
+        """A method at its own best learning rate."""
+        rate = self.rate(name, recipe, rates, worth)
+        return self.tune(name, recipe(rate), seed) | {"rate": rate}
+
+    def rate(self, name: str, recipe: Callable[[float], Any], rates: Iterable[float], worth: Worth = least_loss) -> float:
+        """The best learning rate of recipe(rate) on a seed of its own. Where it is the least or the greatest of those tried,
+        one beyond it is tried too, so that no method is held back by its grid."""
+        tried = lambda rates: {r: worth(n) for r, n in self.tried(lambda r: f"{name}-rate-{r:g}", recipe, rates).items()}
+        known = tried(rates)
+        for _ in range(WIDER):
+            beyond = outward(known)
+            if beyond is None:
+                break
+            known |= tried([beyond])
+        return best_of(known)
+
+    def tried(
+        self, name: Callable[[Any], str], recipe: Callable[[Any], Any], ways: Iterable[Any]
+    ) -> dict[Any, dict[str, float]]:
+        """Numbers of every way on the seed that choices are made on. Seeds that run side by side share these runs: one that
+        another holds is left for later."""
+        found, waiting = {}, deque(ways)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while waiting:
+            way = waiting.popleft()
+            try:
+                with FileLock(self.folder / f"{name(way)}.lock", timeout=0):
+                    found[way] = self.tune(name(way), recipe(way), TUNED_ON)
+            except Timeout:
+                waiting.append(way)
+                time.sleep(0.5)
+        return found
+
+
+def best_of(worth: dict[float, Any]) -> float:
+    return max(sorted(worth), key=worth.__getitem__)
+
+
+def outward(worth: dict[float, Any]) -> float | None:
+    """The next rate beyond the best of these, as far from it as its neighbour; None where the best has one on either side."""
+    rates, best = sorted(worth), best_of(worth)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    beside = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / beside:.2g}")
 
 
 def folder() -> Path:
@@ -135,23 +202,50 @@ def _blank(claim: Claim) -> dict[str, Any]:
 
 
 def carry_out(
-    paper: str, out: str | Path | None = None, tell: Callable[..., None] = lambda event, **data: None, record: bool = True
+    paper: str,
+    out: str | Path | None = None,
+    tell: Callable[..., None] = lambda event, **data: None,
+    record: bool = True,
+    jobs: int | None = None,
 ) -> dict[str, Any]:
-    """Run one claim over its seeds; the result is printed by `temper claim`, and recorded beside the claim."""
+    """Run one claim over its seeds, `jobs` of them side by side (default: as many as there are cores); the result is printed
+    by `temper claim`, and recorded beside the claim."""
     claim, began = load(paper), time.perf_counter()
-    lab = Lab(Path(out) if out else Path("runs") / "claims" / paper, tell)
-    rows = []
-    for seed in claim.seeds:
-        tell("phase", name=f"claim {paper}", text=f"seed {seed}")
-        rows.append({"seed": seed, **claim.run(seed, lab)})
+    jobs = min(jobs or os.cpu_count() or 1, len(claim.seeds))
+    where = Path(out) if out else Path("runs") / "claims" / paper
+    if jobs < 2:
+        rows = [_row(paper, seed, where, tell) for seed in claim.seeds]
+    else:
+        rows = _side_by_side(claim, where, tell, jobs)
+    spent = sum(json.loads(run.read_text()).get("cost", {}).get("seconds", 0.0) for run in where.glob("*/run.json"))
     found = verdict(claim, rows) | {
-        "seconds": time.perf_counter() - began,
+        "seconds": max(time.perf_counter() - began, spent / jobs),  # runs that were found done count with what they took
+        "jobs": jobs,
         "when": datetime.date.today().isoformat(),
         "where": f"{platform.machine()}, CPU",
     }
     if record:
         write_atomic(folder() / "results" / f"{paper}.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _row(paper: str, seed: int, where: Path, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
+    tell("phase", name=f"claim {paper}", text=f"seed {seed}")
+    return {"seed": seed, **load(paper).run(seed, Lab(where, tell))}
+
+
+def _side_by_side(claim: Claim, where: Path, tell: Callable[..., None], jobs: int) -> list[dict[str, Any]]:
+    cores = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (cores,))
+    try:
+        rows = {pool.submit(_row, claim.paper, seed, where): seed for seed in claim.seeds}
+        tell("note", text=f"claim {claim.paper}: {len(rows)} seeds, {jobs} side by side, in {where}")
+        for done in as_completed(rows):
+            done.result()
+            tell("note", text=f"seed {rows[done]} is done")
+        return [done.result() for done in rows]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def verdict(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
         "target": mean(targets, "after"),
         "worth": better(targets, "after"),
         "unit": targets[0]["unit"] if targets else "points",
+        "target_nll": mean([s["nll"] for s in targets if s.get("nll")], "after"),
         "gain": points(better(targets, "change")),
         "retained": mean(retained, "after"),
         "loss": -points(better(retained, "change")) if retained else None,
