@@ -368,9 +368,10 @@ def diffusion() -> dict:
     colours = [(220, 60, 60), (60, 140, 220), (240, 200, 60), (90, 190, 120)]
     pictures = [
         {
+            "id": f"{i}",
             "prompt": f"a {n} {('square', 'diamond')[i % 2]}",
-            "before": png(colours[i % 4], i % 2),
-            "after": png(colours[(i + (i % 3 == 0)) % 4], i % 2),
+            "image_before": png(colours[i % 4], i % 2),
+            "image_after": png(colours[(i + (i % 3 == 0)) % 4], i % 2),
             "status": "lost" if i % 3 == 0 else "kept",
         }
         for i, n in enumerate(["red", "blue", "yellow", "green"] * 3)
@@ -380,7 +381,7 @@ def diffusion() -> dict:
         "status": "done",
         "base": {"id": "lab/flow-16"},
         "ledger": ledger.to_json(),
-        "images": {"items": pictures},
+        "items": {"shape": pictures},
     }
 
 

@@ -87,23 +87,6 @@ def plan(run: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return rows or None
 
 
-def images(found: Any, budget: int) -> dict[str, Any] | None:
-    """Pairs of pictures, raster data URIs only, until the budget is spent; what was left out is counted."""
-    rows = found.get("items") if isinstance(found, Mapping) else found
-    good, left, total = [], budget, 0
-    for row in rows or []:
-        if not isinstance(row, Mapping):
-            continue
-        total += 1
-        pair = [show.picture(row.get(k)) for k in ("before", "after")]
-        cost = sum(len(p) for p in pair if p)
-        if any(pair) and cost <= left:
-            left -= cost
-            status = row.get("status") if row.get("status") in ("kept", "gained", "lost", "missed") else None
-            good.append({"prompt": show.clip(row.get("prompt"), 300), "before": pair[0], "after": pair[1], "status": status})
-    return {"pairs": good, "total": total} if good else None
-
-
 def turned(d: Any, budget: int) -> list[dict[str, Any]]:
     """The dial as rows of pictures: one caption from one noise, a picture a strength. Whole rows, until the budget is spent."""
     points = [p for p in (d or {}).get("points") or [] if isinstance(p, Mapping) and is_number(p.get("strength"))]

@@ -12,7 +12,6 @@
                  "ci95"}], "said", "title"}; y shares
     weights      {"cells": [{"layer", "kind", "relative", "rank", "intruders"}]}
     plan         {"predicted": {"peak_bytes", "seconds", "disk_bytes"}, "actual": {...}, "floor": {...}}; actual also in "cost"
-    images       {"items": [{"prompt", "before": data URI, "after": data URI, "status"}]}
     recipe       the resolved YAML as text;   certificate, environment: mappings;   exceptions: list of sentences
 
 A missing part does not appear. Everything in a run is hostile input (completions!): escaped by the template engine, made
@@ -37,7 +36,7 @@ from markupsafe import Markup
 from temperament.report import charts, extras, items, show, views
 
 LIMIT = 2_900_000  # bytes of page; the promise is 3 MB
-ITEM_BYTES, ITEM_COUNT, IMAGE_BYTES = 1_300_000, 900, 900_000
+ITEM_BYTES, ITEM_COUNT, DIAL_BYTES = 1_300_000, 900, 450_000
 
 
 def render(run: Mapping[str, Any], out: Path | str) -> Path:
@@ -61,10 +60,10 @@ def html(run: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: Path | str) -> dict[str, Any]:
-    """A run folder's data: run.json, log.jsonl, recipe.yaml, and items, dial, compare, weights, images .json."""
+    """A run folder's data: run.json, log.jsonl, recipe.yaml, and items, dial, compare, weights .json."""
     folder = Path(folder)
     run = json.loads((folder / "run.json").read_text("utf-8"))
-    for name in ("items", "dial", "compare", "weights", "images"):
+    for name in ("items", "dial", "compare", "weights"):
         if (path := folder / f"{name}.json").exists():
             run.setdefault(name, json.loads(path.read_text("utf-8")))
     if (path := folder / "log.jsonl").exists():
@@ -110,8 +109,7 @@ def _page(run: Mapping[str, Any], share: float) -> str:
         "matrix": drawn("matrix", views.matrix, ledger.get("matrix")),
         "curves": drawn("log", charts.curves, run.get("log")),
         "dial": drawn("dial", charts.dial, run.get("dial")),
-        "turned": drawn("dial", extras.turned, run.get("dial"), int(IMAGE_BYTES * share / 2), otherwise=[]),
-        "images": drawn("images", extras.images, run.get("images"), int(IMAGE_BYTES * share)),
+        "turned": drawn("dial", extras.turned, run.get("dial"), int(DIAL_BYTES * share), otherwise=[]),
         "items": drawn("items", picked, run.get("items") or {}),
         "weights": drawn("weights", extras.weights, run.get("weights")),
         "plan": drawn("plan", extras.plan, run),
