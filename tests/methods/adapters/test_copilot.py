@@ -7,7 +7,7 @@ import torch
 
 from temperament import parts
 from temperament.bases.load import load
-from temperament.engine.copilot import trace
+from temperament.engine.error_model import trace
 from temperament.engine.tokens import Sampling, generate
 from temperament.errors import UserError
 from temperament.methods.adapters.copilot import CopilotAdapter, Log
@@ -194,7 +194,7 @@ def test_killed_it_goes_on_to_the_same_bits_and_flies_from_a_delta(tmp_path):
     again = killed(document, tmp_path / "killed", after=3)
     assert whole.json["delta"]["digest"] == again.json["delta"]["digest"]
     from temperament.delta import Delta
-    from temperament.engine.copilot import beside
+    from temperament.engine.error_model import beside
 
     delta = Delta.load(tmp_path / "whole" / "delta")
     base = load("lab/lm")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from temperament.delta import Addition
-from temperament.engine.copilot import Copilot, trace
+from temperament.engine.error_model import ErrorModel, trace
 from temperament.errors import UserError
 from temperament.nn import draws, forward
 from temperament.nn.batch import Batch, Tokens
@@ -56,7 +56,7 @@ class CopilotAdapter:
                        additions=lambda: {f"{at}:copilot": made()})  # fmt: skip
 
     def rebuild(self, base: Any, name: str, addition: Addition) -> tuple[nn.Module, Around]:
-        copilot = Copilot(**shape(base), layers=self.layers)
+        copilot = ErrorModel(**shape(base), layers=self.layers)
         copilot.load_state_dict({n: t.float() for n, t in addition.tensors.items()})
         return head_of(base)[1], copilot
 
@@ -106,7 +106,7 @@ class Lesson:
 
     per = "step"
 
-    def __init__(self, copilot: Copilot, log: Log, blocks: list[Any]):
+    def __init__(self, copilot: ErrorModel, log: Log, blocks: list[Any]):
         self.copilot, self.log, self.blocks, self.drawn = copilot, log, blocks, {}
 
     def prepare(self, whole: Batch, views: Any) -> None:
@@ -153,9 +153,9 @@ def shape(base: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def begun(base: Any, layers: int, seed: int) -> Copilot:
+def begun(base: Any, layers: int, seed: int) -> ErrorModel:
     """A copilot with the maps of the pilot's blocks, spread over its depth, where roles and shapes agree; else random."""
-    copilot = Copilot(**shape(base), layers=layers)
+    copilot = ErrorModel(**shape(base), layers=layers)
     for name, p in copilot.named_parameters():
         if name != "leave.weight" and "norm" not in name and not name.endswith(("before.weight", "between.weight")):
             p.copy_(torch.randn(p.shape, generator=draws.generator(seed, f"copilot/{name}")) * 0.02)

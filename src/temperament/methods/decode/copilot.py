@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temperament.engine.copilot import beside, states
+from temperament.engine.error_model import beside, states
 from temperament.nn import forward
 from temperament.nn.batch import Tokens
 from temperament.parts import part

@@ -1,7 +1,7 @@
-"""A second network beside a language model, the pilot, that foresees the pilot's mistakes.
+"""A second network beside a language model that foresees its mistakes.
 
-    into, inner, error = trace(model, tokens, blocks)      what the pilot took in, thought and got wrong
-    said = copilot.predict(into, inner, error, segments, positions)         said[t]: the error to come at token t + 1
+    into, inner, error = trace(model, tokens, blocks)      what the model took in, thought and got wrong
+    said = errors.predict(into, inner, error, segments, positions)         said[t]: the error to come at token t + 1
 
 Shapes: into, inner (rows, T, D): the input of the first block, and the mean over the blocks of what they put out. error
 (rows, T, V): onehot(ids[t]) - softmax of what predicted ids[t], at tokens with weight, else 0; it sums to 0. Everything at or
@@ -34,24 +34,24 @@ def states(model: Model, tokens: Tokens, blocks: Sequence[Any]) -> tuple[Tensor,
 
 @torch.no_grad()
 def trace(model: Model, tokens: Tokens, blocks: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """(into, inner, error), without gradient: a copilot never moves its pilot."""
+    """(into, inner, error), without gradient: what foresees the errors never moves what makes them."""
     into, inner, logits = states(model, tokens, blocks)
     said = F.pad(logits[:, :-1].softmax(-1, dtype=torch.float32), (0, 0, 1, 0))
     error = F.one_hot(tokens.ids, logits.shape[-1]).float() - said
     return into.float(), inner.float(), error * (tokens.weights != 0)[..., None]
 
 
-def beside(model: nn.Module) -> Copilot | None:
-    """The copilot that now hangs on a model, if one does and it is on."""
+def beside(model: nn.Module) -> ErrorModel | None:
+    """The one that now hangs on a model, if one does and it is on."""
     for module in model.modules():
         for piece, switch in module.__dict__.get("_pieces", ()):
-            if isinstance(piece, Copilot) and switch.on:
+            if isinstance(piece, ErrorModel) and switch.on:
                 return piece
     return None
 
 
-class Copilot(Around):
-    """Blocks like the pilot's over the sequence of errors; every second one looks at what the pilot took in and thought.
+class ErrorModel(Around):
+    """Blocks like the model's over the sequence of errors; every second one looks at what the model took in and thought.
 
     It changes nothing that the module it hangs on says. `leave` is zero at the start: no mistake is foreseen.
     """
