@@ -295,6 +295,20 @@ def test_a_session_is_a_tree_walked_exactly(name):
         check(s, rows)
 
 
+@pytest.mark.parametrize("name", ["mistral", "mistral-wide", "gemma3"])
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_a_session_goes_on_past_its_window(name, room):
+    """Prompts of unlike lengths, all within the window at first, some beyond it already in the end."""
+    model, rows = build(name), texts(4, 1, 3)
+    s = Session(model, rows, room=room)
+    for _ in range(22):
+        new = torch.randint(5, V, (4,))
+        s.step(new)
+        rows = [[*r, int(t)] for r, t in zip(rows, new, strict=True)]
+        for row, logits in zip(rows, s.logits, strict=True):
+            assert torch.allclose(logits.log_softmax(-1), alone(model, row)[-1], atol=3e-5)
+
+
 @pytest.mark.parametrize("way", [How("slab", True), How("slab"), How("own"), How("none")])
 def test_every_way_says_the_same(way):
     model, prompts = build("llama"), texts(5)
