@@ -329,6 +329,11 @@ def test_karcher_of_two_is_the_middle_of_the_arc(models):
     close(mean, arc, 1e-4)
 
 
+def test_karcher_of_weight_on_zeros_alone_is_zero():
+    base, tuned = {"w": torch.randn(3, 4)}, [{"w": torch.zeros(3, 4)}, {"w": torch.randn(3, 4)}]
+    assert torch.equal(merged(parts.build({"merge.karcher": {"weights": [1.0, 0.0]}}), base, tuned)["lm/w"], torch.zeros(3, 4))
+
+
 def test_karcher_is_stationary(models):
     base = {"w": torch.randn(30, 40)}
     tuned = [{"w": torch.randn(30, 40) + 1} for _ in range(4)]

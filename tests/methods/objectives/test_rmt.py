@@ -310,6 +310,17 @@ def test_the_suite_reads_the_record_of_its_own_step_and_asks_anyone_else(tmp_pat
         assert [o.output for o in other] == [SPRITES[k] for k in stands.tolist()]
 
 
+def test_what_a_step_that_was_ended_early_did_not_meet_counts_for_nothing(tmp_path):
+    base = named()
+    source = parts.build({"rollout.test_stream": STREAM | {"repeats": 2}})
+    said = torch.randn(60, 6, generator=rng()).log_softmax(-1)
+    said[45:] = torch.nan
+    record.keep(tmp_path / "scratch", "mine", {"said": said})
+    for skill in parts.build(source.suites()[0]).skills(context(base)):
+        for o, place in zip(skill.measure(System(base, folder=tmp_path, key="mine")), skill.places, strict=True):
+            assert (o.score is None and o.nll is None) if place >= 45 else o.output == SPRITES[int(said[place].argmax())]
+
+
 def test_prototypes_are_the_mean_features_of_the_classes():
     base = named()
     source = parts.build({"data.sprites": {"rows": 32}})

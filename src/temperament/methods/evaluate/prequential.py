@@ -8,7 +8,7 @@ from torch import Tensor
 
 from temperament.engine import record
 from temperament.engine.measure import System, content_key
-from temperament.engine.pictures import size_of
+from temperament.engine.pictures import Picture, size_of
 from temperament.methods.evaluate.pictures import PictureSkill
 from temperament.parts import part
 from temperament.protocols import Outcome, Visited
@@ -16,8 +16,8 @@ from temperament.protocols import Outcome, Visited
 
 @dataclass(frozen=True)
 class OnlineSkill(PictureSkill):
-    """Pictures of a stream. Of a step that adapted to them, what it said of each before it learnt from it; of any other
-    system, what it says of them as it stands."""
+    """Pictures of a stream. Of a step that adapted to them, what it said of each before it learnt from it - those it had not
+    met when it was ended count for nothing; of any other system, what it says of them as it stands."""
 
     places: tuple[int, ...] = ()  # number of each picture in the stream
     metric: str = "accuracy, adapting"
@@ -32,19 +32,22 @@ class OnlineSkill(PictureSkill):
         said = self.recorded(system)
         if said is None:
             return super().measure(system)
-        size = size_of(system.base)
-        return [self._outcome(p, p.pixels(size), row, None, system.graded) for p, row in zip(self.pictures, said, strict=True)]
+        size, rows = size_of(system.base), zip(self.pictures, said, strict=True)
+        told = lambda p, row: self._outcome(p, p.pixels(size), row, None, system.graded)
+        return [told(p, row) if bool(row.isfinite().all()) else self._unmet(p) for p, row in rows]
+
+    def _unmet(self, p: Picture) -> Outcome:
+        return Outcome(p.id, self.name, p.caption, self.classes[p.label], "(not met)")
 
     def recorded(self, system: System) -> Tensor | None:
-        """(rows, classes) log-probs, nats."""
+        """(rows, classes) log-probs, nats; NaN of pictures that were not met."""
         if system.folder is None or system.model is not None:
             return None
         found = record.kept(system.folder / record.SCRATCH, system.key)
         said = None if found is None else found.get("said")
         if said is None or len(said) <= max(self.places) or said.shape[1] != len(self.classes):
             return None
-        mine = said[torch.tensor(self.places)]
-        return mine if torch.isfinite(mine).all() else None  # (a step that was ended early has not met them all)
+        return said[torch.tensor(self.places)]
 
 
 @part("evaluate.prequential", papers=["200"], modalities=("image",), declares=["adapts at test time"])

@@ -38,6 +38,8 @@ class Karcher(Blockwise):
         if not bool(live.any()):
             return lambda b: b.x[0].zero_()
         share = torch.where(live, w, 0.0)
+        if abs(float(share.sum())) < self.tolerance:  # of what has a direction nothing is wanted
+            return lambda b: weighted_sum(b.x, w.tolist())
         share = share / share.sum()
         inverse = torch.where(live, 1 / lengths.clamp_min(1e-300), 0.0)
         G = G * inverse[:, None] * inverse  # of the unit vectors
