@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from temperament.train.trained import Param
 ALL = [pytest.param(name, o, id=f"{name}-{i}") for name, options in TABLE.items() for i, o in enumerate(options)]
 
 
-def test_every_part_has_its_line():
-    """Or a test file of its own under tests/methods that names it."""
-    own = "".join(p.read_text() for p in Path(__file__).parents[1].joinpath("methods").rglob("*.py"))
-    missing = [n for n in parts.names() if n not in TABLE and n not in own and n.rpartition(".")[2] not in own]
-    assert not missing, "a new part is one line in tests/properties/table.py"
-    assert set(TABLE) <= set(parts.names())
+def test_every_part_has_its_line_and_a_test_that_names_it():
+    """By its name in a recipe or by its class, in a file that is not about all parts."""
+    assert set(TABLE) == set(parts.names()), "a new part is one line in tests/properties/table.py"
+    tests = "".join(p.read_text() for p in Path(__file__).parents[1].rglob("test_*.py") if p.name != "test_table.py")
+    made = {name: type(parts.build({name: options[0]} if options[0] else name)).__name__ for name, options in TABLE.items()}
+    missing = [n for n, kind in made.items() if not re.search(rf"{re.escape(n)}\b|\b{kind}\b", tests)]
+    assert not missing, "a part is tested by what it promises"
 
 
 @pytest.mark.parametrize("name, options", ALL)

@@ -293,7 +293,7 @@ def test_what_is_recorded_was_said_before_the_update(tmp_path):
 def test_the_suite_reads_the_record_of_its_own_step_and_asks_anyone_else(tmp_path):
     base = named()
     source = parts.build({"rollout.test_stream": STREAM | {"repeats": 2}})
-    suite = parts.build(source.suites()[0])
+    suite = parts.build(source.suites()[0])  # evaluate.prequential
     skills = suite.skills(context(base))
     assert [s.name for s in skills] == ["shape, fog 5, adapting", "shape, noise 5, adapting", "shape, shifted, adapting"]
     assert [len(s.pictures) for s in skills] == [20] * 3 and sorted(p for s in skills for p in s.places) == list(range(60))

@@ -19,7 +19,7 @@ class Demonstrations:
 
     A row is an episode of `Steps`: observations (T, seen), decisions (T, horizon * actions) the demonstrator's next actions,
     as many as a plan of the base holds. It sees the slot with an error of spread `aim`, one an episode, and its hand
-    trembles by `shake`; both 0 is an expert."""
+    trembles by `shake`; both 0 is an expert (of the narrow slot he still misses two in ten: the peg slips)."""
 
     task: str  # which task of the base's world
     episodes: int = 200  # demonstrations
