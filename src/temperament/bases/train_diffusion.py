@@ -21,9 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from temperament.bases.frozen import frozen
 from temperament.bases.load import Base, load
 from temperament.bases.worlds import sprites
+from temperament.engine import see
 from temperament.engine.denoise import Denoiser, Sampler, denoise
+from temperament.engine.pictures import resized, size_of
 from temperament.nn import draws
 
 LAB = Path(__file__).parent / "lab"
@@ -35,8 +38,9 @@ SCHEDULERS = {
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }  # fmt: skip
 JUDGE = (  # how a card's shares are to be read
-    "Shares are by a lookup of the nearest render of the world (`sprites.recognise`), which rejects nothing: a picture of\n"
-    "no scene counts as its nearest one."
+    "named: shape, colour and place are each told from their alternatives as asked by lab/clip-b, an image-text encoder\n"
+    "trained on renders. The other shares are by a lookup of the nearest render of the world (`sprites.recognise`), which\n"
+    "rejects nothing: a picture of no scene counts as its nearest one."
 )
 PIPELINES = {"unet": "StableDiffusionPipeline", "flow": "StableDiffusion3Pipeline"}
 
@@ -103,13 +107,26 @@ def pictures(plan: Plan) -> tuple[Tensor, list[str]]:
 
 
 def right(base: Base, n: int = 96, split: str = "test", sampler: Sampler | None = None) -> dict[str, float]:
-    """Shares of samples that show what the caption says, factor by factor, and `all`: shape, colour and place at once."""
+    """Shares of samples that show what the caption says: factor by factor, `all` (shape, colour and place at once), and,
+    `named`, those three by a second judge."""
     asked = sprites.scenes(split, n, 1)
     made = denoise(base, [s.caption() for s in asked], sampler, seed=0)
     seen = [sprites.factors(s) for s, _ in sprites.recognise(made.pixels.numpy())]
     want = [sprites.factors(s) for s in asked]
     share = lambda *names: sum(all(a[k] == b[k] for k in names) for a, b in zip(seen, want, strict=True)) / n
-    return {k: share(k) for k in want[0]} | {"all": share("shape", "colour", "place")}
+    return {k: share(k) for k in want[0]} | {"all": share("shape", "colour", "place"), "named": named(asked, made.pixels)}
+
+
+@torch.no_grad()
+def named(asked: list[sprites.Scene], pixels: Tensor, judge: str = "lab/clip-b") -> float:
+    """Share of pictures of whose shape, colour and place an image-text encoder tells the one asked from its alternatives."""
+    eye = frozen(judge, str(pixels.device), "judge")
+    right = torch.ones(len(asked), dtype=torch.bool, device=pixels.device)
+    for factor in ("shape", "colour", "place"):
+        captions, true = zip(*(sprites.alternatives(s, factor) for s in asked), strict=True)
+        said = see.fits(eye.model, eye, resized(pixels, size_of(eye)), captions)
+        right &= said.argmax(-1) == torch.tensor(true, device=pixels.device)
+    return float(right.float().mean())
 
 
 def train(base: Base, plan: Plan, tell=lambda line, found: None) -> None:
