@@ -46,7 +46,9 @@ def show(data: Any, say: Say, a: Any) -> None:
     from temperament.cli.views import flat
 
     if isinstance(data, dict):
-        flat(data, say)
+        flat(data, say, skip=("rows", "parts"))
+        sides = [(row["seed"], *(row[side][data["measure"]] for side in ("method", "baseline"))) for row in data["rows"]]
+        say.table(["seed", f"{data['measure']}, method", "baseline"], [[str(n), f"{a:.4g}", f"{b:.4g}"] for n, a, b in sides])
         return
     signs = {
         "holds": ("✓ holds", "green"),
