@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from temperament.bases.load import load
 from temperament.methods.adapters.lora import LoRA
 from temperament.methods.adapters.mixlora import MixLoRA
 from temperament.methods.objectives.preference.dpo import DPO
@@ -18,9 +19,10 @@ from temperament.methods.select.lift import Lift
 from temperament.nn.context import checkpointing
 from temperament.protocols import Progress
 from temperament.run.dry import META, Counting, shapes_of
-from temperament.run.plan import cheapest, largest, of_step, optimizer_share, plan
-from temperament.run.recipe import Recipe, Step
-from temperament.run.training import build_players, quiet_training
+from temperament.run.layouts import token_fields
+from temperament.run.plan import cannot_foresee, cheapest, largest, of_step, optimizer_share, plan
+from temperament.run.recipe import Recipe, Step, read
+from temperament.run.training import build_players, in_training, quiet_training
 from temperament.train.loop import run_batch, update
 from temperament.train.world import World
 from tests.models import MODELS
@@ -67,6 +69,37 @@ def test_predicted_memory_is_within_15_percent(case, name):
     told = of_step(Step("a", train=run), Recipe("tiny", []), meta, World())["memory"]
     real = actual(base_of(name), run)
     assert abs(told["total"] / real - 1) < 0.15, (told, real)
+
+
+ASKED = {"prompts": {"data.lab": {"skills": ["copy"], "rows": 40}}, "rewards": ["rewards.lab"], "max_new": 9}
+STORIES = {"prompts": {"data.lab": {"skills": ["story"], "rows": 40}}, "rewards": ["rewards.number"], "max_new": 48}
+SAMPLING = {
+    "rollout.sample": {**ASKED, "group": 4},
+    "rollout.two_turn": {**ASKED, "group": 4, "again": "\n{prompt}"},
+    "rollout.raft": {**ASKED, "k": 3, "stage": 8},
+    "rollout.relift": {"rollout": {"rollout.sample": {**ASKED, "group": 4}}, "demonstrations": ASKED["prompts"]},
+    "rollout.mcts_steps": {**STORIES, "separator": ";", "stage": 16, "depth": 2, "step_tokens": 16, "iterations": 2},
+}
+
+
+@pytest.mark.parametrize("source", SAMPLING)
+def test_rows_that_will_be_sampled_are_planned_as_long_as_they_can_be(source):
+    objective = {"mcts_steps": "preference.dpo", "raft": "sft.cross_entropy", "two_turn": "policy.score"}
+    train = {"source": {source: SAMPLING[source]}, "optimizer": {"optim.adamw": {"lr": 1e-4}}, "batch": 8, "steps": 1}
+    train["objective"] = "objectives." + objective.get(source.split(".")[1], "policy.grpo")
+    if source == "rollout.relift":
+        taught = {"Tokens": "objectives.sft.cross_entropy"}
+        train["players"] = {"teach": {"optimizer": train["optimizer"], "objective": taught}}
+    run = read({"base": "lab/lm@early", "steps": [{"train": train}]}).steps[0].train
+    base = load("lab/lm@early")
+    assert not cannot_foresee(run)
+    ctx = context(base, batch=8, micro=8)
+    with in_training(run, ctx, prepare=False):
+        rows, *_ = largest(run, ctx)
+        made = run.source.open(ctx).batch(0, Progress(0, 1))
+    made = made[0] if isinstance(made, list) else made
+    width = lambda batch: max(t.ids.shape[1] for t in token_fields(batch))
+    assert type(rows) is type(made) and width(made) <= width(rows) <= 2 * width(made)
 
 
 @pytest.mark.parametrize("name", [n for n, m in MODELS.items() if m.language == "causal"])

@@ -39,7 +39,9 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
         if said.get(key) is not None:
             least = f"floor {shown(floor[key])}" if floor.get(key) is not None else ""
             more = f"{size(data['available_bytes'])} are free" if key == "peak_bytes" and data.get("available_bytes") else ""
-            more = "measuring skills comes on top" if key == "seconds" else more
+            if key == "seconds":
+                sampled = any(s.get("samples") for s in data.get("steps") or ())
+                more = f"measuring skills{' and sampling what it learns from' if sampled else ''} comes on top"
             rows.append([Text(what, "bold"), shown(said[key]), Text(least, "dim"), Text(more, "dim")])
     say.table(["", "needed", "", ""], rows, right=(1,))
     memory = {k: v for k, v in (data.get("memory") or {}).items() if k not in ("total", "floor") and v}

@@ -20,6 +20,7 @@ from temperament.engine.tokens import Generated, Sampling, generate
 from temperament.errors import UserError
 from temperament.nn import draws
 
+TOGETHER = 256  # responses made at once, unless it is said otherwise
 ROUND = 1 << 24  # steps a round may have before its draws meet those of the next
 
 
@@ -65,7 +66,13 @@ def told_apart(chosen: Sequence[int], n: int) -> list[int]:
 
 
 def respond(
-    ctx: Any, model: Any, prompts: Sequence[list[int]], sampling: Sampling, step: int, examples: Sequence[int], batch: int = 256
+    ctx: Any,
+    model: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    step: int,
+    examples: Sequence[int],
+    batch: int = TOGETHER,
 ) -> Generated:
     """A response to each of the prompts, shared out over the processes and put together again on each."""
     world = ctx.world

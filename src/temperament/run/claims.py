@@ -75,6 +75,7 @@ class Lab:
 
     folder: Path
     tell: Callable[..., None] = lambda event, **data: None
+    took: dict[str, float] = field(default_factory=dict)  # seconds of every run that was used, also of those found done
 
     def tune(self, name: str, recipe: Any, seed: int) -> dict[str, float]:
         """Numbers of one run (see study.summary); finished runs are not run again."""
@@ -86,11 +87,10 @@ class Lab:
         """The whole run of a recipe, with this seed."""
         folder = self.folder / f"{name}-{seed}"
         recipe = replace(read(recipe), seed=seed)
-        return (
-            tune(recipe, folder, fresh=True, tell=self.tell)
-            if not (folder / "run.json").exists()
-            else tune(recipe, folder, resume=True, tell=self.tell)
-        )
+        known = (folder / "run.json").exists()
+        done = tune(recipe, folder, fresh=not known, resume=known, tell=self.tell)
+        self.took[folder.name] = done.json["cost"]["seconds"]
+        return done
 
     def made(self, name: str, make: Callable[[Path], Any]) -> str:
         """A file or folder that runs read, made once by make(path): seeds that run side by side share it."""
@@ -214,11 +214,12 @@ def carry_out(
     jobs = min(jobs or os.cpu_count() or 1, len(claim.seeds))
     where = Path(out) if out else Path("runs") / "claims" / paper
     if jobs < 2:
-        rows = [_row(paper, seed, where, tell) for seed in claim.seeds]
+        done = [_row(paper, seed, where, tell) for seed in claim.seeds]
     else:
-        rows = _side_by_side(claim, where, tell, jobs)
-    spent = sum(json.loads(run.read_text()).get("cost", {}).get("seconds", 0.0) for run in where.glob("*/run.json"))
-    found = verdict(claim, rows) | {
+        done = _side_by_side(claim, where, tell, jobs)
+    rows, took = zip(*done, strict=True)
+    spent = sum({name: seconds for each in took for name, seconds in each.items()}.values())
+    found = verdict(claim, list(rows)) | {
         "seconds": max(time.perf_counter() - began, spent / jobs),  # runs that were found done count with what they took
         "jobs": jobs,
         "when": datetime.date.today().isoformat(),
@@ -229,12 +230,16 @@ def carry_out(
     return found
 
 
-def _row(paper: str, seed: int, where: Path, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
+Row = tuple[dict[str, Any], dict[str, float]]  # numbers of a seed; seconds of the runs they are made of
+
+
+def _row(paper: str, seed: int, where: Path, tell: Callable[..., None] = lambda event, **data: None) -> Row:
     tell("phase", name=f"claim {paper}", text=f"seed {seed}")
-    return {"seed": seed, **load(paper).run(seed, Lab(where, tell))}
+    lab = Lab(where, tell)
+    return {"seed": seed, **load(paper).run(seed, lab)}, lab.took
 
 
-def _side_by_side(claim: Claim, where: Path, tell: Callable[..., None], jobs: int) -> list[dict[str, Any]]:
+def _side_by_side(claim: Claim, where: Path, tell: Callable[..., None], jobs: int) -> list[Row]:
     cores = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (cores,))
     try:

@@ -30,7 +30,7 @@ from temperament.bases.image_settings import image_settings
 from temperament.bases.load import Base
 from temperament.bases.pipeline import pipeline_of, shells
 from temperament.errors import TemperError
-from temperament.nn.batch import Batch, Rollout, Tokens
+from temperament.nn.batch import Batch, Pairs, Rollout, Tokens
 from temperament.parts import walk
 from temperament.protocols import Progress
 from temperament.run.check import online, untouched
@@ -43,6 +43,7 @@ from temperament.train.context import Context
 from temperament.train.loop import Player, run_batch
 from temperament.train.world import World
 
+SAMPLED = ("Rollout", "Tokens", "Pairs")  # what can be laid out before anything is sampled
 LOOK = 1.0  # seconds spent looking for the longest rows
 
 
@@ -57,14 +58,14 @@ class NoStep:
 
 
 def cannot_foresee(spec: Any) -> str:
-    """Why a step cannot be laid out before the run: it reads what an earlier step is yet to leave, or samples texts to train
-    on."""
+    """Why a step cannot be laid out before the run: it reads what an earlier step is yet to leave, or what it samples has no
+    length that is known."""
     from temperament.run.artefacts import walk_all
 
     read = [name for p in walk_all(spec) for name in getattr(p, "inputs", ())]
     if read:
         return f"it reads what {read[0]!r} leaves"
-    if spec.source.yields != ("Rollout",) and online(spec.source):
+    if online(spec.source) and not set(spec.source.yields) <= set(SAMPLED):
         return "its rows are sampled from the model as it trains"
     path = getattr(spec.source, "path", "")
     if path and not Path(path).exists() and not path.count("/"):
@@ -213,6 +214,7 @@ def of_step(step: Step, recipe: Recipe, meta: Base, world: World) -> dict[str, A
         },
         "flops": counting.flops * share,
         "steps": steps,
+        "samples": online(spec.source),  # rows that the model makes: their time is in no number
         "tokens": tokens,
         "disk_bytes": int((trained * (2 if kept else 1) + state + versions) * (spec.save.keep + 1) + trained),
     }
@@ -270,22 +272,30 @@ def largest(spec: Train, ctx: Context) -> tuple[Batch, int, int, str]:
     return rows, steps, round(tokens / len(batches) * steps), assumed
 
 
-def _sampled(spec: Train, stream: Any, ctx: Context) -> Rollout:
+def _sampled(spec: Train, stream: Any, ctx: Context) -> Batch:
     """What a source that generates will give at most: its longest prompt, and every token it may sample."""
     prompts = [len(p.ids) for p in getattr(stream, "prompts", ()) if hasattr(p, "ids")]
-    new = max((int(v) for p in walk(spec.source) if isinstance(v := getattr(p, "max_new", None), int)), default=256)
-    return _blank(spec.batch, max(prompts, default=64) + new, new, ctx, Rollout)
+    asked, new = getattr(stream, "asked_tokens", max(prompts, default=64)), sampling(spec)[1]
+    return _blank(spec.batch, asked + new, new, ctx, spec.source.yields[0])
 
 
-def _blank(n: int, length: int, trained: int, ctx: Context, kind: type = Tokens) -> Any:
+def sampling(spec: Train) -> tuple[int, int]:
+    """(responses a source samples together, tokens of the longest), at most."""
+    asked = [p for p in walk(spec.source) if getattr(p, "generates", False)]
+    tokens = [getattr(p, "answer_tokens", getattr(p, "max_new", None)) for p in walk(spec.source)]
+    together = [getattr(p, "together", spec.batch) for p in asked]
+    return max(together, default=0), max((t for t in tokens if isinstance(t, int)), default=256)
+
+
+def _blank(n: int, length: int, trained: int, ctx: Context, kind: str = "Tokens") -> Any:
     ids = torch.ones(n, length, dtype=torch.long)
     weights = (torch.arange(length) >= max(length - trained, 1)).float().expand(n, -1).clone()
     tokens = Tokens(ids, weights, torch.zeros_like(ids), torch.zeros_like(ids))
-    return (
-        tokens
-        if kind is Tokens
-        else Rollout(tokens, torch.zeros(n, length), torch.arange(n) % 2 * 1.0, torch.zeros(n, dtype=torch.long))
-    )
+    if kind == "Pairs":
+        return Pairs(tokens, tokens)
+    if kind == "Rollout":
+        return Rollout(tokens, torch.zeros(n, length), torch.arange(n) % 2 * 1.0, torch.zeros(n, dtype=torch.long))
+    return tokens
 
 
 def optimizer_share(spec: Train, p: Any, known: dict = {}) -> float:  # noqa: B006 - a cache
@@ -315,9 +325,9 @@ def generation(spec: Train, base: Base, ctx: Context) -> int:
         return 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    new = max((int(v) for p in walk(spec.source) if isinstance(v := getattr(p, "max_new", None), int)), default=256)
+    rows, new = sampling(spec)
     itemsize = next(base.model.parameters()).dtype.itemsize
-    return 2 * text.num_hidden_layers * heads * width * (new + 64) * spec.batch * itemsize
+    return 2 * text.num_hidden_layers * heads * width * (new + 64) * rows * itemsize
 
 
 # ---- one step with numbers -------------------------------------------------------------------------------------------------

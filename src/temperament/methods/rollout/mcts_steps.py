@@ -8,7 +8,7 @@ import torch
 
 from temperament.engine.encoded import Encoded, EncodedPair, EncodedPrompt, collate
 from temperament.engine.examples import Prompt
-from temperament.engine.responses import in_turn, judged, read_prompts, respond
+from temperament.engine.responses import TOGETHER, in_turn, judged, read_prompts, respond
 from temperament.engine.session import Session
 from temperament.engine.tokens import Sampling
 from temperament.engine.tree import Choice, Node, Puct, in_lockstep, search
@@ -78,6 +78,16 @@ class MCTSSteps:
             raise ValueError("temperature must be above 0: greedy steps are all alike")
         if not self.separator:
             raise ValueError("separator must not be empty")
+
+    @property
+    def together(self) -> int:
+        """Steps that are sampled at once, at most."""
+        return min(TOGETHER, self.stage * max(self.root_actions or 2 * self.actions, self.actions))
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of an answer, at most."""
+        return (self.depth - 1) * self.step_tokens + self.max_new
 
     @property
     def puct(self) -> Puct:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from temperament.engine.encoded import collate
-from temperament.engine.responses import answered, in_turn, judged, read_prompts, respond
+from temperament.engine.responses import TOGETHER, answered, in_turn, judged, read_prompts, respond
 from temperament.engine.tokens import Sampling
 from temperament.nn import draws
 from temperament.nn.batch import Tokens
@@ -56,6 +56,11 @@ class RAFT:
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.reference,) if self.beta else ()
+
+    @property
+    def together(self) -> int:
+        """Responses that are sampled at once."""
+        return min(TOGETHER, self.stage * self.k)
 
     def open(self, ctx: Any) -> Stream:
         return Stream(self, ctx)

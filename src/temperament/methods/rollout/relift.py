@@ -66,6 +66,10 @@ class Stream:
             )
         self.answers, _ = encode_all(found, self.ctx.base.tokenizer)
 
+    @property
+    def prompts(self) -> list[Any]:
+        return self.inner.prompts
+
     def batch(self, step: int, progress: Any = None) -> Batch | list[Batch]:
         rollout = self.inner.batch(step, progress)
         # A prompt that came twice in a step is two groups (engine/responses.py, `told_apart`) of one question.

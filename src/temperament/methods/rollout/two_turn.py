@@ -72,6 +72,11 @@ class Stream:
         self.steps_per_epoch = max(-(-len(self.prompts) // self.size), 1)
         self.told: dict[str, float] = {}
 
+    @property
+    def asked_tokens(self) -> int:
+        """Of the longest prompt, that of a second turn."""
+        return max(len(self.again.prompt(p.ids, [0] * self.spec.max_new)) for p in self.prompts)
+
     def batch(self, step: int, progress: Any = None) -> Rollout:
         spec, ctx, n = at(self.spec, progress) if progress is not None else self.spec, self.ctx, len(self.prompts)
         chosen = in_turn(n, self.size, step * self.size, ctx.seed)
