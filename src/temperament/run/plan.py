@@ -344,12 +344,14 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
         )
         with in_training(replace(spec, optimizer=NoStep()), ctx, prepare=False) as players:
             rows, _, _, assumed = largest(spec, ctx)
-            objective = players[0].objectives.get(type(rows).__name__)
-            if objective is None or (assumed and base.tokenizer is None):
+            met = [player for player in players if type(rows).__name__ in player.objectives]
+            if not met or (assumed and base.tokenizer is None):
                 return {}
-            once = lambda batch: _once(players[0], objective, batch, spec.micro)
-            known = [*(p for _, p in base.parameters()), *(p.tensor for p in players[0].live.params.values())]
-            known += players[0].live.start.values()
+            once = lambda batch: _once(met, batch, spec.micro)
+            known = [p for _, p in base.parameters()]
+            for player in players:
+                known += [*(p.tensor for p in player.live.params.values()), *player.live.start.values()]
+            known = list({id(t): t for t in known}.values())  # players may share what they train
             before, peak = resident(), watch()
             first = world.same(once(rows))  # also warms up; every process goes on alike
             extra = 0 if cuda(world) else peak() - before
@@ -372,14 +374,15 @@ def timed(step: Step, recipe: Recipe, base: Base, world: World, found: dict[str,
     return {"seconds": seconds * micros * share * found["steps"], "verified_bytes": counting.peak or None, "memory": memory}
 
 
-def _once(player: Player, objective: Any, rows: Batch, micro: int) -> float:
-    """Seconds of one forward and backward; the gradient is dropped."""
-    began = time.perf_counter()
-    run_batch(player, objective, rows.select(range(len(rows))), Progress(0, 1), micro)
-    if cuda(player.views.world):
-        torch.cuda.synchronize()
-    for p in player.live.params.values():
-        p.tensor.grad = None
+def _once(players: list[Player], rows: Batch, micro: int) -> float:
+    """Seconds of one forward and backward of each; the gradients are dropped."""
+    began, rows = time.perf_counter(), rows.select(range(len(rows)))  # what one leaves in them the next one reads
+    for player in players:
+        run_batch(player, player.objectives[type(rows).__name__], rows, Progress(0, 1), micro)
+        if cuda(player.views.world):
+            torch.cuda.synchronize()
+        for p in player.live.params.values():
+            p.tensor.grad = None
     return time.perf_counter() - began
 
 
