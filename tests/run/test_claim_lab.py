@@ -43,6 +43,7 @@ def test_a_grid_does_not_grow_for_ever(tmp_path):
     lab.rate("x", lambda rate: rate, [1e-4, 3e-4])
     assert len(lab.ran) == 2 + WIDER
     assert outward({1e-3: 0.0}) is None  # one rate has no spacing
+    assert outward({1e-3: 0.0, 2e-3: 0.0}) is None  # nothing says that further is better
 
 
 def test_least_loss_counts_among_those_that_reached_their_level():

@@ -112,7 +112,7 @@ class Lab:
 
     def rate(self, name: str, recipe: Callable[[float], Any], rates: Iterable[float], worth: Worth = least_loss) -> float:
         """The best learning rate of recipe(rate) on a seed of its own. Where it is the least or the greatest of those tried,
-        one beyond it is tried too, so that no method is held back by its grid."""
+        and better than its neighbour, one beyond it is tried too: no method is held back by its grid."""
         tried = lambda rates: {r: worth(n) for r, n in self.tried(lambda r: f"{name}-rate-{r:g}", recipe, rates).items()}
         known = tried(rates)
         for _ in range(WIDER):
@@ -145,12 +145,13 @@ def best_of(worth: dict[float, Any]) -> float:
 
 
 def outward(worth: dict[float, Any]) -> float | None:
-    """The next rate beyond the best of these, as far from it as its neighbour; None where the best has one on either side."""
+    """The next rate beyond the best of these, as far from it as its neighbour; None where the best has a neighbour on either
+    side, or is no better than its only one."""
     rates, best = sorted(worth), best_of(worth)
     if len(rates) < 2 or best not in (rates[0], rates[-1]):
         return None
     beside = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / beside:.2g}")
+    return float(f"{best * best / beside:.2g}") if worth[best] > worth[beside] else None
 
 
 def folder() -> Path:
