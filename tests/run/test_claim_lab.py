@@ -6,8 +6,10 @@ import multiprocessing
 import pickle
 import random
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -92,6 +94,19 @@ claim = Claim("999", "t", "s", (), "target", "higher", run, seeds=SEEDS)
 """
 
 
+SLOW = """
+import os, time
+from temperament.run.claims import Claim
+
+def run(seed, lab):
+    lab.folder.mkdir(exist_ok=True)
+    (lab.folder / f"pid{seed}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+claim = Claim("999", "t", "s", (), "target", "higher", run, seeds=(0, 1))
+"""
+
+
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     def write(seeds):
@@ -116,6 +131,34 @@ def test_what_goes_wrong_beside_is_told_as_if_it_were_here(tmp_path, fake):
     fake((0, 7, 2))
     with pytest.raises(UserError, match="steps is 7: give fewer"):
         claims.carry_out("999", tmp_path / "out", record=False, jobs=2)
+
+
+def test_nothing_goes_on_when_who_began_it_is_killed(tmp_path, fake):
+    fake((0, 1))
+    (tmp_path / "999_fake.py").write_text(SLOW)
+    begun = multiprocessing.get_context(None).Process(
+        target=claims.carry_out, args=("999", tmp_path / "out"), kwargs={"record": False, "jobs": 2}
+    )
+    begun.start()
+    pids = lambda: [int(p.read_text() or 0) for p in (tmp_path / "out").glob("pid*")]
+    until(lambda: len(pids()) == 2 and all(pids()))
+    begun.kill()
+    begun.join()
+    until(lambda: not any(alive(pid) for pid in pids()))
+
+
+def until(so, seconds: float = 20.0):
+    end = time.monotonic() + seconds
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("error", [UserError("a", [1], "mend it"), Unusable("f, line 5", "x", "mend it")])

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -240,9 +241,16 @@ def _row(paper: str, seed: int, where: Path, tell: Callable[..., None] = lambda 
     return {"seed": seed, **load(paper).run(seed, lab)}, lab.took
 
 
+def _beside(cores: int) -> None:
+    """A process of its own: its share of the cores, and no longer there than who began it. (Runs survive being killed.)"""
+    torch.set_num_threads(cores)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def _side_by_side(claim: Claim, where: Path, tell: Callable[..., None], jobs: int) -> list[Row]:
     cores = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (cores,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _beside, (cores,))
     try:
         rows = {pool.submit(_row, claim.paper, seed, where): seed for seed in claim.seeds}
         tell("note", text=f"claim {claim.paper}: {len(rows)} seeds, {jobs} side by side, in {where}")
