@@ -112,6 +112,7 @@ def fake(tmp_path, monkeypatch):
     def write(seeds):
         (tmp_path / "999_fake.py").write_text(FAKE.replace("SEEDS", repr(seeds)))
         monkeypatch.setattr(claims, "PLACES", (tmp_path,))
+        monkeypatch.setattr(claims.torch, "set_num_threads", lambda cores: None)  # (not after a fork)
         # fork: the workers know the folder that was put in place above
         monkeypatch.setattr(multiprocessing, "get_context", lambda _, real=multiprocessing.get_context: real("fork"))
 
