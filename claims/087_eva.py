@@ -50,6 +50,10 @@ claim = Claim(
     better="lower",
     baseline="adapters.lora of the same rank, its own best learning rate, the same stop at 90 %",
     within=(("target", 0.02),),
+    why=(
+        "Sooner on each of five seeds (45 to 60 steps against 55 to 65), but both stop at 90 % of a hundred items, and by "
+        "the last items it stands 2 points lower there."
+    ),
     seeds=(0, 1, 2, 3, 4),
     run=run,
 )
