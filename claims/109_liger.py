@@ -59,7 +59,7 @@ claim = Claim(
     run=run,
     note="`base_nll`: the unconverted base",
     why=(
-        "At a rate of 1e-3 for both the gates help (3.24 nats against 3.29); at each one's own best rate, 4e-3 and 8e-3, LoRA on "
-        "q, k, v has learnt what they would give."
+        "At a rate of 1e-3 for both the gates help (3.24 nats against 3.29); at each one's own best rate, 4e-3 and 8e-3, LoRA "
+        "on q, k, v has learnt what they would give."
     ),
 )
