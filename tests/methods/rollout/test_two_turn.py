@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 
@@ -114,6 +115,17 @@ def test_decoding_is_the_same_second_turn(base):
         second = generate(models, then, sampling, examples=[APART + i for i in range(7)], **how)
         got = part.loop(models, prompts, sampling, hooks=part.hooks(base), **how)
         assert got.ids == second.ids and got.tokens == first.tokens + second.tokens
+
+
+def test_second_answers_are_other_draws_than_first_ones(base):
+    """Of a model that hears nothing: the same draws would say the same words."""
+    model = copy.deepcopy(base.model)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    part, prompts = SecondTurn(again=AGAIN), [encode(Prompt("a"), base.tokenizer).ids] * 4
+    models, sampling, how = {"model": model}, Sampling(8, 1.0), {"seed": fresh(), "eos": ()}
+    first = generate(models, prompts, sampling, **how)
+    second = part.loop(models, prompts, sampling, hooks=part.hooks(base), **how)
+    assert all(a != b for a, b in zip(first.ids, second.ids, strict=True))
 
 
 def test_corrections_are_rows_of_the_same_words(base):
