@@ -30,7 +30,7 @@ from torch import Tensor
 from temperament.engine.noise import Process, process_of
 from temperament.errors import UserError
 from temperament.nn import draws
-from temperament.nn.batch import Chain, Images
+from temperament.nn.batch import Images, Timed
 from temperament.nn.context import checkpoint as recomputed
 from temperament.nn.context import context, current
 from temperament.nn.forward import active, arguments
@@ -260,6 +260,23 @@ class Hook:
     def estimated(self, state: State) -> None: ...
     def stepped(self, state: State) -> None: ...
     def end(self, state: State) -> None: ...
+
+
+@dataclass
+class Chain(Timed):
+    """Steps of denoising as decisions. before, decisions (rows, T, C, H, W): what was there, and what the step made of it;
+    weights (rows, T): 1 where the step was drawn, 0 where it was certain. times (rows, T, 2): from where to where it went.
+    how (rows, T, 2): eta and guidance of the sampler, the same for all rows. captions: what each row was asked to be."""
+
+    before: Tensor
+    decisions: Tensor
+    weights: Tensor
+    times: Tensor
+    how: Tensor
+    captions: list[str]
+
+    def logp(self, model: Any) -> Tensor:
+        return logp(model, self)
 
 
 @dataclass(frozen=True)

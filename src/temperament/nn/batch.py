@@ -244,23 +244,3 @@ class Captions(Batch):
 
     examples: Tensor
     captions: list[str]
-
-
-@dataclass
-class Chain(Timed):
-    """Steps of denoising as decisions (engine/denoise.py). before, decisions (rows, T, C, H, W): what was there, and what the
-    step made of it; weights (rows, T): 1 where the step was drawn, 0 where it was certain. times (rows, T, 2): from where to
-    where it went. how (rows, T, 2): eta and guidance of the sampler, the same for all rows. captions: what each row was asked
-    to be."""
-
-    before: Tensor
-    decisions: Tensor
-    weights: Tensor
-    times: Tensor
-    how: Tensor
-    captions: list[str]
-
-    def logp(self, model: Any) -> Tensor:
-        from temperament.engine.denoise import logp
-
-        return logp(model, self)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from temperament.engine import denoise
-from temperament.engine.denoise import Denoiser
+from temperament.engine.denoise import Chain, Denoiser
 from temperament.engine.responses import ROUND
 from temperament.errors import UserError
-from temperament.nn.batch import Batch, Chain, Rollout
+from temperament.nn.batch import Batch, Rollout
 from temperament.parts import at, part
 from temperament.protocols import PictureReward, Source
 
