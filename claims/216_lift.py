@@ -9,8 +9,8 @@ from temperament.run.claims import Claim
 
 LIFT = {"rank": 32, "share": 0.05, "refresh": 50}
 METHODS = {
-    "lift": ({"select.lift": LIFT}, [3e-4, 6e-4, 1.2e-3]),
-    "full": ("select.full", [1.5e-4, 3e-4, 6e-4]),
+    "lift": ({"select.lift": LIFT}, [6e-4, 1.2e-3]),
+    "full": ("select.full", [7.5e-5, 1.5e-4]),
     "magnitude": ({"select.lift": {**LIFT, "by": "magnitude"}}, [6e-4]),
     "random": ({"select.lift": {**LIFT, "by": "random"}}, [6e-4]),
 }
@@ -58,7 +58,7 @@ claim = Claim(
     run=run,
     note="`magnitude_*` and `random_*` of the method's side: the same budget on the largest and on random entries",
     why=(
-        "It forgets 1.9 points less, but ends at 93 % of the task where full tuning has gone on to 98 %; 5 % of the "
-        "largest or of random entries learn nothing in as many steps."
+        "At its own best rate (7.5e-5) full tuning forgets 10.1 points, the principal entries at theirs 11.0; at the higher "
+        "rates first tried it forgot more. 5 % of the largest or of random entries learn nothing in as many steps."
     ),
 )

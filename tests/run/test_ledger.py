@@ -5,6 +5,7 @@ import math
 import secrets
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,6 +246,15 @@ def test_matrix_and_transfer():
     assert m["backward_transfer"]["value"] == pytest.approx(-0.5) and m["backward_transfer"]["ci95"][1] < 0
     assert m["forward_transfer"]["value"] == pytest.approx(0.2)
     assert m["average"] == pytest.approx(0.7)
+
+
+def test_a_system_around_the_base_has_learned_nothing_yet():
+    whole = continual()
+    rows = list(whole.rows.items())
+    around = replace(whole, rows=dict([rows[0], ("inference", rows[1][1]), *rows[1:]]), learned={})
+    assert around.matrix["learned"] == replace(whole, learned={}).matrix["learned"]
+    alone = replace(whole, rows=dict([rows[0], ("inference", rows[1][1])]), learned={})
+    assert set(alone.matrix["learned"].values()) == {"inference"}
 
 
 def test_retained_summary():

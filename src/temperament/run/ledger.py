@@ -138,7 +138,8 @@ class Ledger:
         if skill in self.learned:
             return self.learned[skill]
         taught = [row for row in names[1:] if skill in self.rows[row] and self.rows[row][skill].role == "target"]
-        return taught[0] if taught else None
+        steps = [row for row in taught if row != "inference"]  # (the base with the recipe's inference has learned nothing yet)
+        return (steps or taught or [None])[0]
 
     @cached_property
     def retained(self) -> dict[str, Any] | None:
