@@ -28,7 +28,8 @@ def train(task: str, trainable, rate: float, steps: int, items: int) -> dict:
 def recipe(full_rate: float, sparse_rate: float | None = None, steps: int = 300, items: int = 100) -> dict:
     full, made = {"select.full": {"freeze": ["norm", "embed"]}}, []
     for task in TASKS:
-        made += [{"name": f"full-{task}", "start": "base", "ledger": False, "train": train(task, full, full_rate, steps, items)}]
+        whole = train(task, full, full_rate, steps, items)
+        made += [{"name": f"full-{task}", "start": "base", "ledger": False, "train": whole}]
         if sparse_rate:
             ticket = {"select.lottery_ticket": {"of": f"full-{task}", "share": 0.05}}
             again = train(task, ticket, sparse_rate, steps, items)

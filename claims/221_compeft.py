@@ -59,5 +59,5 @@ claim = Claim(
     within=(("target", 0.02),),
     seeds=(0, 1, 2),
     run=run,
-    why="13.5 times smaller cost 5 points of accuracy: signs with one scale for all tensors are coarse for matrices this small.",
+    why="13.5 times smaller cost 5 points of accuracy: one scale for all tensors is coarse for matrices this small.",
 )
