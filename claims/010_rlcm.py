@@ -20,7 +20,7 @@ SCENES = [
     ("blue frame", "top left", "grey"),
 ]
 CAPTIONS = [f"a {subject} at the {place} on {ground}" for subject, place, ground in SCENES]
-RATES = [3e-4, 1e-3]
+RATES = {"rlcm": [1e-3, 3.3e-3], "ddpo": [3.3e-3, 1.1e-2]}
 ARMS = {"rlcm": ("lab/consistency", 4, 1.0, 60), "ddpo": ("lab/unet", 20, 1.0, 12)}  # base, steps of a chain, guidance, updates
 REWARD = {"rewards.brightness": {}}
 
@@ -54,7 +54,7 @@ def recipe(arm: str, rate: float) -> dict:
 
 
 def run(seed, lab):
-    found = {arm: lab.best(arm, lambda rate, arm=arm: recipe(arm, rate), RATES, seed) for arm in ARMS}
+    found = {arm: lab.best(arm, lambda rate, arm=arm: recipe(arm, rate), RATES[arm], seed) for arm in ARMS}
     numbers = lambda arm: {"reward": found[arm]["target"], **{k: found[arm][k] for k in ("retained", "seconds", "rate")}}
     return {"method": numbers("rlcm"), "baseline": numbers("ddpo")}
 
