@@ -276,6 +276,15 @@ def _calm() -> None:
         warnings.simplefilter("ignore")
 
 
+def _json(value: Any) -> Any:
+    """A value as it is where JSON can say it, else as it reads: NaN, a key that is no word, a list in itself."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+        return value
+    except (ValueError, TypeError, RecursionError):
+        return repr(value)
+
+
 def _ended(problem: TemperError, say: Say, loud: bool, cause: BaseException | None = None) -> int:
     """One sentence, and the exit code. Of several processes each says which one it is."""
     if loud:
@@ -283,7 +292,7 @@ def _ended(problem: TemperError, say: Say, loud: bool, cause: BaseException | No
 
         traceback.print_exception(cause or problem, file=sys.stderr)
     if say.json and say.main:
-        rest = {k: getattr(problem, k, None) for k in ("field", "value", "mend")}
+        rest = {k: _json(getattr(problem, k, None)) for k in ("field", "value", "mend")}
         say.print(json.dumps({"error": str(problem), **rest}, ensure_ascii=False, default=str))
     say.error(str(problem) if say.main else f"process {os.environ['RANK']}: {problem}")
     return problem.exit_code

@@ -14,6 +14,7 @@ from typing import Any
 
 from temperament.cli.app import Opt
 from temperament.cli.say import Say
+from temperament.errors import UserError
 
 OPTIONS = (
     Opt("tuned", "a tuned model folder, run or adapter", "MODEL"),
@@ -31,6 +32,10 @@ def run(a: Any, say: Say) -> dict[str, Any]:
     from temperament.run.extract import extract
 
     need("extract", a, "base", "out")
+    if a.rank is not None and a.kind != "low_rank":
+        raise UserError("--rank", a.rank, f"{a.kind} has none; give --density or --error, or --kind low_rank")
+    if a.density is not None and a.kind == "low_rank":
+        raise UserError("--density", a.density, "low_rank takes --rank or --error; or use --kind sparse or ternary")
     return extract(a.base, a.tuned, a.out, kind=a.kind, rank=a.rank, density=a.density, error=a.error)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,129 +28,85 @@ from temperament import parts
 from temperament.delta.depth import block_of
 from temperament.delta.stream import Source
 from temperament.delta.views import View
-from temperament.errors import UserError, nearest
+from temperament.errors import UserError
 from temperament.protocols import Merge
+from temperament.run import chat_templates
 from temperament.run.merge_inputs import Input, open_input
 from temperament.run.merge_plan import Job, Plan, aligned, layers_of, natural
-from temperament.run.vocabulary import Vocabulary
-
-KEYS = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-        "tokenizer", "chat_template", "name")  # fmt: skip
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """How a method of theirs is one of ours. each: setting a model -> option; one: setting -> option; flags: bool -> option."""
-
-    part: str
-    each: Mapping[str, tuple[str, float]]
-    one: Mapping[str, tuple[str, float]]
-    flags: Mapping[str, tuple[str, bool]]
-    fixed: Mapping[str, Any]
-    base: str = "apart"  # or "first": base is the first of the models; "among": one of them where listed; "no"
-    numbers: Mapping[str, str] = None  # whole settings -> option
-
-
-def arithmetic(
-    part: str, each: dict[str, tuple[str, float]], normalise: bool, rescale: bool | None = None, **fixed: Any
-) -> Meaning:
-    flags = {"normalize": ("normalise", normalise)} | ({} if rescale is None else {"rescale": ("rescale", rescale)})
-    return Meaning(part, {"weight": ("weights", 1.0), **each}, {"lambda": ("scale", 1.0)}, flags, fixed)
-
-
-DENSITY = {"density": ("density", 1.0)}
-METHODS = {
-    "linear": Meaning(
-        "merge.linear", {"weight": ("weights", 1.0)}, {}, {"normalize": ("normalise", True)}, {"of": "weights"}, "among"
-    ),
-    "slerp": Meaning("merge.slerp", {}, {"t": ("t", 0.5)}, {}, {}, "first"),
-    "task_arithmetic": arithmetic("merge.task_arithmetic", {}, False),
-    "ties": arithmetic("merge.ties", DENSITY, True),
-    "dare_ties": arithmetic("merge.dare", DENSITY, False, True, elect=True),
-    "dare_linear": arithmetic("merge.dare", DENSITY, False, True),
-    "della": arithmetic("merge.della", DENSITY | {"epsilon": ("epsilon", 0.15)}, True, True, elect=True),
-    "della_linear": arithmetic("merge.della", DENSITY | {"epsilon": ("epsilon", 0.15)}, False, True, elect=False),
-    "breadcrumbs": arithmetic("merge.breadcrumbs", DENSITY | {"gamma": ("gamma", 0.01)}, False),
-    "breadcrumbs_ties": arithmetic("merge.breadcrumbs", DENSITY | {"gamma": ("gamma", 0.01)}, False, elect=True),
-    "multislerp": Meaning("merge.multislerp", {"weight": ("weights", 1.0)}, {}, {"normalize_weights": ("normalise", True)}, {}),
-    "karcher": Meaning("merge.karcher", {}, {}, {}, {}, "among", {"max_iter": "steps", "tol": "tolerance"}),
-    "model_stock": Meaning("merge.model_stock", {}, {}, {}, {}),
-    "sce": Meaning("merge.sce", {}, {"select_topk": ("density", 1.0)}, {}, {}),
-    "passthrough": Meaning("merge.passthrough", {}, {"scale": ("scale", 1.0)}, {}, {}, "among"),
-}
-SILENT = {"int8_mask", "rescale", "filter_wise", "eps"}  # accepted where they change nothing, or are read by hand
+from temperament.run.mergekit_check import DTYPES, checked, flag, number
+from temperament.run.mergekit_methods import METHODS, Meaning
+from temperament.run.vocabulary import Vocabulary, tokenizer_of
 
 
 def is_mergekit(document: Any) -> bool:
-    """Is this a mergekit configuration: a mapping, or the path of a YAML file that holds one?"""
+    """Is this meant as a mergekit configuration: a mapping, or the path of a YAML file that holds one (or several)?"""
     if isinstance(document, str | Path):
         try:
-            document = yaml.safe_load(Path(document).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            read = list(yaml.safe_load_all(Path(document).read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError):
             return False
-    return isinstance(document, Mapping) and "merge_method" in document
+        return any(is_mergekit(d) for d in read if isinstance(d, Mapping))
+    if not isinstance(document, Mapping) or "steps" in document:
+        return False
+    method = get_close_matches("merge_method", [str(k) for k in document], n=1, cutoff=0.75)
+    return bool(method) or any(key in document for key in ("models", "slices", "modules"))
+
+
+def read_all(path: str | Path) -> list[dict[str, Any]]:
+    """The configurations of a file: one, or several parted by lines of ---."""
+    try:
+        found = [d for d in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if d is not None]
+    except FileNotFoundError:
+        raise UserError("merge file", str(path), "there is no such file") from None
+    except (OSError, ValueError, yaml.YAMLError) as problem:
+        raise UserError("merge file", str(path), f"it is not YAML ({str(problem).splitlines()[0]})") from None
+    for document in found:
+        if not isinstance(document, Mapping):
+            raise UserError("merge file", str(path), "it needs merge_method and models or slices")
+    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("merge file", str(path), "there is no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError("merge file", str(path), f"it is not YAML ({str(problem).splitlines()[0]})") from None
-    if not is_mergekit(document):
-        raise UserError("merge file", str(path), "it needs merge_method and models or slices")
-    return document
+    found = read_all(path)
+    if len(found) != 1 or not is_mergekit(found[0]):
+        many = f"it holds {len(found)} merges; " if len(found) > 1 else ""
+        raise UserError("merge file", str(path), f"{many}it needs one, with merge_method and models or slices")
+    return found[0]
 
 
-def plan(document: Mapping[str, Any]) -> Plan:
+def notes(document: Mapping[str, Any]) -> list[str]:
+    """What of the file is not read, a sentence each."""
+    return checked(document)[1]
+
+
+def beside(document: Mapping[str, Any], as_: str) -> None:
+    """UserError where what is asked beside a file cannot be made of it. as_: merged, adapter or delta."""
+    document, _ = checked(document)
+    if as_ == "merged":
+        return
+    method = document["merge_method"]
+    if METHODS[method].base in ("among", "first") or not document.get("base_model") or "slices" in document:
+        mend = f"{method} of this file is no change of a base; use merged, or a method on differences with its base_model"
+        raise UserError("--as", as_, mend)
+    for key in ("tokenizer", "tokenizer_source", "chat_template"):
+        if document.get(key):
+            raise UserError("--as", as_, f"the file sets {key}, which a change of a base does not hold; use merged")
+
+
+def plan(given: Mapping[str, Any]) -> Plan:
     """UserError names what is missing, unknown or not supported."""
-    for key in document:
-        if key not in KEYS:
-            raise UserError(str(key), document[key], f"no such key in a merge file; {nearest(str(key), KEYS)}")
-    document = _one_module(dict(document))
-    name = document["merge_method"]
-    if name not in METHODS:
-        raise UserError("merge_method", name, nearest(str(name), METHODS))
-    meaning, opened = METHODS[name], {}
+    document, _ = checked(given)
+    meaning, opened = METHODS[document["merge_method"]], {}
 
-    def get(spec: Any, field: str = "model") -> Input:
-        spec = _spec(spec, field)
+    def get(spec: str, field: str) -> Input:
         if spec not in opened:
             opened[spec] = open_input(spec, field=field)
         return opened[spec]
 
     base = get(document["base_model"], "base_model") if document.get("base_model") else None
     slices = _slices(document, base, get)
-    reader = _Reader(document, meaning, base, slices)
+    reader = _Reader(document, given, meaning, base, slices)
     return reader.plan(list(opened.values()))
-
-
-def _spec(spec: Any, field: str) -> str:
-    if isinstance(spec, Mapping):  # the long form: {model: {path, revision}, lora: {path}}
-        path = lambda part: part.get("path") if isinstance(part, Mapping) else part
-        model, lora = path(spec.get("model")), path(spec.get("lora"))
-        if model:
-            return f"{model}+{lora}" if lora else str(model)
-    if not isinstance(spec, str):
-        raise UserError(field, spec, "name a folder or an id")
-    return spec
-
-
-def _one_module(document: dict[str, Any]) -> dict[str, Any]:
-    modules = document.pop("modules", None)
-    if modules is not None:
-        if not isinstance(modules, Mapping) or len(modules) != 1:
-            raise UserError("modules", sorted(modules), "models of several modules are merged one module at a time")
-        inner = dict(next(iter(modules.values())))
-        settings = inner.pop("parameters", None)
-        document |= inner
-        if settings:
-            document["parameters"] = {**(document.get("parameters") or {}), **settings}
-    if bool(document.get("models")) == bool(document.get("slices")):
-        raise UserError("models", document.get("models"), "give models, or slices, not both")
-    return document
 
 
 @dataclass(frozen=True)
@@ -170,76 +127,63 @@ class Slice:
 
 
 def _slices(document: Mapping, base: Input | None, get: Any) -> list[Slice]:
-    if document.get("models"):
-        pieces = []
-        for i, item in enumerate(document["models"]):
-            item = {"model": item} if isinstance(item, str) else item
-            if not isinstance(item, Mapping) or "model" not in item:
-                raise UserError(f"models[{i}]", item, "write {model: ..., parameters: {...}}")
-            pieces.append(Piece(get(item["model"], f"models[{i}].model"), 0, -1, item.get("parameters") or {}))
+    if "models" in document:
+        listed = enumerate(document["models"])
+        pieces = [Piece(get(m["model"], f"models[{i}].model"), 0, -1, m["parameters"]) for i, m in listed]
         return [Slice(tuple(pieces), {}, base)]
     out = []
     for i, item in enumerate(document["slices"]):
-        pieces, sources = [], item.get("sources") if isinstance(item, Mapping) else None
-        if not isinstance(sources, list) or not all(isinstance(s, Mapping) for s in sources):
-            raise UserError(f"slices[{i}]", item, "write {sources: [{model: ..., layer_range: [first, last]}, ...]}")
-        for k, source in enumerate(sources):
-            field = f"slices[{i}].sources[{k}]"
-            model = get(source.get("model"), f"{field}.model")
+        pieces = []
+        for k, source in enumerate(item["sources"]):
+            field, span = f"slices[{i}].sources[{k}]", source["layer_range"]
+            model = get(source["model"], f"{field}.model")
             count = layers_of(model.source.names)[1]
-            span = source.get("layer_range")
-            if not (isinstance(span, list) and len(span) == 2 and 0 <= span[0] < span[1] <= count):
+            if span[1] > count:
                 raise UserError(f"{field}.layer_range", span, f"give [first, last) within the {count} layers of {model.spec}")
-            pieces.append(Piece(model, span[0], span[1], source.get("parameters") or {}))
-        if not pieces or len({p.last - p.first for p in pieces}) != 1:
+            pieces.append(Piece(model, *span, source["parameters"]))
+        if len({p.last - p.first for p in pieces}) != 1:
             raise UserError(
                 f"slices[{i}].sources", [[p.first, p.last] for p in pieces], "each must have the same number of layers"
             )
         own = get(item["base_model"], f"slices[{i}].base_model") if item.get("base_model") else base
-        out.append(Slice(tuple(pieces), item.get("parameters") or {}, own))
+        out.append(Slice(tuple(pieces), item["parameters"], own))
     return out
 
 
 class _Reader:
-    def __init__(self, document: Mapping, meaning: Meaning, base: Input | None, slices: list[Slice]):
-        self.document, self.meaning, self.base, self.slices = document, meaning, base, slices
+    def __init__(self, document: Mapping, given: Mapping, meaning: Meaning, base: Input | None, slices: list[Slice]):
+        self.document, self.given, self.meaning, self.base, self.slices = document, given, meaning, base, slices
         self.whole = document.get("parameters") or {}
-        self.known = {*meaning.each, *meaning.one, *meaning.flags, *(meaning.numbers or {}), *SILENT}
-        for level in (self.whole, *(s.parameters for s in slices), *(p.parameters for s in slices for p in s.pieces)):
-            for key in level:
-                if key not in self.known:
-                    raise UserError(
-                        f"parameters.{key}",
-                        level[key],
-                        f"{document['merge_method']} has no such setting; {nearest(str(key), self.known)}",
-                    )
 
     def dtype(self) -> torch.dtype | None:
         name = self.document.get("out_dtype") or self.document.get("dtype")
-        if name is None:
-            return None
-        if str(name).removeprefix("torch.") not in DTYPES:
-            raise UserError("dtype", name, nearest(str(name), DTYPES))
-        return DTYPES[str(name).removeprefix("torch.")]
+        return None if name is None else DTYPES[str(name).removeprefix("torch.")]
 
-    def method(self, part: Slice, models: list[Piece]) -> Any:
+    def method(self, part: Slice, models: list[Piece], base: Input | None) -> Any:
         m, levels = self.meaning, [part.parameters, self.whole]
         options = dict(m.fixed)
         for key, (option, default) in m.each.items():
             options[option] = [_rules([p.parameters, *levels], key, default) for p in models]
         for key, (option, default) in m.one.items():
-            options[option] = _rules([*(p.parameters for p in part.pieces), *levels], key, default)
+            options[option] = _rules([*(p.parameters for p in part.pieces if key in m.own), *levels], key, default)
+            if options[option] is None:
+                raise UserError(f"parameters.{key}", None, f"{self.document['merge_method']} needs it; give a number")
         for key, (option, default) in m.flags.items():
             options[option] = _flag(levels, key, default)
-        for key, option in (m.numbers or {}).items():
+        for key, option in m.numbers.items():
             if (value := _first(levels, key)) is not None:
-                options[option] = value
+                found = number(f"parameters.{key}", value)
+                options[option] = int(found) if found.is_integer() else found
         if m.part == "merge.model_stock":
             options["by"] = "row" if _flag(levels, "filter_wise", False) else "tensor"
-        if _flag(levels, "rescale", False) and "rescale" not in m.flags:
+        if "rescale" in m.hand and _flag(levels, "rescale", False):
             raise UserError(
                 "parameters.rescale", True, f"{self.document['merge_method']} keeps entries as they are here; remove it"
             )
+        if "nuslerp_flatten" in m.hand and not _flag(levels, "nuslerp_flatten", True):
+            raise UserError("parameters.nuslerp_flatten", False, "tensors are turned whole here, not by row; remove it")
+        if m.base == "maybe":
+            options["about"] = "zero" if base is None else "base"
         return parts.build({m.part: options}, Merge, "merge_method")
 
     def order(self, part: Slice) -> tuple[Input | None, list[Piece]]:
@@ -247,7 +191,7 @@ class _Reader:
         base, pieces = part.base, list(part.pieces)
         if self.meaning.base == "among":
             return None, pieces
-        if base is None and (self.meaning.base == "first" or self.meaning.part != "merge.multislerp"):
+        if base is None and self.meaning.base != "maybe":
             raise UserError("base_model", None, f"{self.document['merge_method']} needs it")
         own = [p for p in pieces if base is not None and p.model is base]
         rest = [p for p in pieces if p not in own]
@@ -256,6 +200,9 @@ class _Reader:
             if len(rest) != 1:
                 raise UserError("models", len(rest), "slerp joins the base_model with one other")
             return None, [own[0], *rest]
+        if self.meaning.part == "merge.slerp" and (own or len(rest) != 2):
+            mend = "nuslerp joins two models, of which none is the base_model; multislerp and karcher join more"
+            raise UserError("models", [p.model.spec for p in pieces], mend)
         return base, rest
 
     def plan(self, inputs: list[Input]) -> Plan:
@@ -265,11 +212,7 @@ class _Reader:
         jobs, layer = [], 0
         for i, part in enumerate(self.slices):
             base, pieces = self.order(part)
-            method = self.method(part, pieces)
-            if self.meaning.part == "merge.multislerp" and base is None:
-                method = parts.build(
-                    {"merge.multislerp": {"weights": method.weights, "normalise": method.normalise, "about": "zero"}}
-                )
+            method = self.method(part, pieces, base)
             sources = [vocabulary.view(p.model) for p in pieces]
             under = None if base is None else vocabulary.view(base)
             like = under or sources[0]
@@ -297,11 +240,26 @@ class _Reader:
         if sliced:
             config = _with_layers(config, layer)
         config = vocabulary.resized(config)
-        described = {k: v for k, v in self.document.items()}
-        spec, template = self.base.spec if self.base else None, self.document.get("chat_template")
-        dtype = self.dtype() or natural(inputs)
-        made = Plan(tuple(jobs), tuple(inputs), config, first.folder, described, vocabulary.tokenizer(), template, dtype, spec)
+        made = Plan(
+            tuple(jobs),
+            tuple(inputs),
+            config,
+            first.folder,
+            described=dict(self.given),
+            tokenizer=self.tokenizer(vocabulary, first, inputs),
+            dtype=self.dtype() or natural(inputs),
+            base=self.base.spec if self.base else None,
+        )
         return made.check()
+
+    def tokenizer(self, vocabulary: Vocabulary, first: Input, inputs: list[Input]) -> Any:
+        """What is made with its chat template; None: the files of the first model as they are."""
+        made, asked = vocabulary.tokenizer(), self.document.get("chat_template")
+        if asked is None or (template := chat_templates.chosen(asked, inputs)) is None:
+            return made
+        made = made or tokenizer_of(first, "chat_template")
+        made.chat_template = template
+        return made
 
 
 def _depth(names: tuple[str, ...], first: int = 0, count: int | None = None) -> Any:
@@ -357,7 +315,7 @@ def _terminal(value: Any) -> bool:
     return not (isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)))
 
 
-def _rules(levels: list[Mapping], key: str, default: float) -> Any:
+def _rules(levels: list[Mapping], key: str, default: float | None) -> Any:
     """One setting out of several levels: the first level that has a value for a name wins."""
     rules: list[Any] = []
     for level in levels:
@@ -377,9 +335,5 @@ def _first(levels: list[Mapping], key: str) -> Any:
 
 
 def _flag(levels: list[Mapping], key: str, default: bool) -> bool:
-    value = _first(levels, key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise UserError(f"parameters.{key}", value, "give true or false")
-    return value
+    value = flag(f"parameters.{key}", _first(levels, key))
+    return default if value is None else value

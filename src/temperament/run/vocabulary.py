@@ -19,8 +19,9 @@ from torch import Tensor
 from temperament.delta.stream import Source
 from temperament.delta.tensorfile import Entry
 from temperament.delta.views import View
-from temperament.errors import UserError, nearest
+from temperament.errors import UserError
 from temperament.run.merge_inputs import Input
+from temperament.run.mergekit_check import spec_of
 
 Rows = list[tuple[int, int]]  # (model, row) whose mean a row is; none: zero
 
@@ -53,22 +54,17 @@ class Vocabulary:
 
     @classmethod
     def of(cls, document: Mapping[str, Any], base: Input | None, inputs: list[Input]) -> Vocabulary:
-        """From a merge file's tokenizer_source or tokenizer."""
+        """From a merge file's tokenizer_source or tokenizer, whose keys and types were checked."""
         given = document.get("tokenizer") or {}
-        if given and document.get("tokenizer_source"):
-            raise UserError("tokenizer", given, "give tokenizer or tokenizer_source, not both")
-        source = given.get("source", "union") if given else document.get("tokenizer_source")
+        source = (given.get("source") or "union") if given else document.get("tokenizer_source")
         if source is None:
             return cls(inputs)
-        for key in given:
-            if key not in ("source", "tokens", "pad_to_multiple_of"):
-                raise UserError(f"tokenizer.{key}", given[key], nearest(key, ("source", "tokens", "pad_to_multiple_of")))
         made = cls(inputs, base=inputs.index(base) if base is not None else None, tokens=given.get("tokens") or {})
         made._build(source, given.get("pad_to_multiple_of"))
         return made
 
     def _build(self, source: Any, multiple: int | None) -> None:
-        loaded = [_tokenizer(i) for i in self.inputs]
+        loaded = [tokenizer_of(i) for i in self.inputs]
         sizes = [_rows(i) for i in self.inputs]
         self.known = [{t: r for t, r in tok.get_vocab().items() if r < n} for tok, n in zip(loaded, sizes, strict=True)]
         first = self.base or 0
@@ -80,7 +76,7 @@ class Vocabulary:
                 raise UserError(
                     "tokenizer_source", source, f"union, base, or one of the models: {', '.join(i.spec for i in self.inputs)}"
                 )
-        self.folder, self.out = self.inputs[at].folder, _tokenizer(self.inputs[at])
+        self.folder, self.out = self.inputs[at].folder, tokenizer_of(self.inputs[at])
         if source == "union":
             for vocabulary, tokenizer in zip(self.known, loaded, strict=True):
                 have, added = self.out.get_vocab(), {str(t): t for t in tokenizer.added_tokens_decoder.values()}
@@ -119,16 +115,16 @@ class Vocabulary:
 
     def _given(self, token: str, given: Mapping[str, Any]) -> Rows:
         source = given["source"]
-        if isinstance(source, Mapping):
-            if source.get("kind") == "zero":
+        if isinstance(source, Mapping) and "kind" in source:
+            if source["kind"] == "zero":
                 return []
-            name, row = source.get("model"), source.get("token_id")
-            wanted = source.get("token")
+            name, row, wanted = source["model"], source.get("token_id"), source.get("token")
         else:
             name, row, wanted = source, None, token
+        name = spec_of(name, f"tokenizer.tokens.{token}")
         at = next((k for k, i in enumerate(self.inputs) if i.spec == name), None)
         row = row if row is not None or at is None else self.known[at].get(wanted)
-        if at is None or row is None:
+        if at is None or row is None or row >= _rows(self.inputs[at]):
             raise UserError(f"tokenizer.tokens.{token}", source, "name a model of this merge that has the token")
         return [(at, row)]
 
@@ -175,14 +171,14 @@ class Vocabulary:
         return config | {"vocab_size": self.size} if self.out is not None else config
 
 
-def _tokenizer(model: Input) -> Any:
+def tokenizer_of(model: Input, field: str = "tokenizer_source") -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
     except Exception as problem:
         why = str(problem).strip().split("\n")[0][:120]
-        raise UserError("tokenizer_source", model.spec, f"its tokenizer could not be read ({why})") from None
+        raise UserError(field, model.spec, f"its tokenizer could not be read ({why})") from None
 
 
 def _rows(model: Input) -> int:

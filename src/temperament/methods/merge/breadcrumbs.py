@@ -6,6 +6,7 @@ from typing import Any
 from temperament.delta.merging import Block, Blockwise, Setting, Settings, Site
 from temperament.delta.selection import keep_from, largest, magnitudes
 from temperament.methods.merge._kernels import combined
+from temperament.methods.merge._ranges import finite, shares, within
 from temperament.parts import part
 
 
@@ -28,6 +29,11 @@ class Breadcrumbs(Blockwise):
     elect: bool = False  # merge only entries of the elected sign
     scale: Setting = 1.0  # strength of the result; 0.3 in the paper
     normalise: bool = False  # divide by the sum of the weights (of those that agree)
+
+    def __post_init__(self):
+        finite(weights=self.weights, scale=self.scale)
+        shares(density=self.density)
+        within(0, 1, high=False, gamma=self.gamma)
 
     def plan(self, site: Site):
         w, scale, n = site.each(self.weights, "weights"), site.one(self.scale, "scale"), site.numel

@@ -7,6 +7,7 @@ import numpy as np
 
 from temperament.delta.merging import Blockwise, Setting, Settings, Site
 from temperament.methods.merge._kernels import bits16, combined
+from temperament.methods.merge._ranges import finite, shares
 from temperament.parts import part
 
 
@@ -28,6 +29,10 @@ class Dare(Blockwise):
     normalise: bool = False  # divide by the sum of the weights (of those that agree)
     rescale: bool = True  # divide what is kept by p
     seed: int = 0  # of the draws
+
+    def __post_init__(self):
+        finite(weights=self.weights, scale=self.scale)
+        shares(density=self.density)
 
     def plan(self, site: Site):
         w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")

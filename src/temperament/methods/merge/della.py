@@ -8,6 +8,7 @@ import torch
 from temperament.delta.merging import Blockwise, Setting, Settings, Site
 from temperament.errors import UserError
 from temperament.methods.merge._kernels import bits16, combined
+from temperament.methods.merge._ranges import finite, shares, within
 from temperament.parts import part
 
 
@@ -33,6 +34,11 @@ class Della(Blockwise):
     normalise: bool = True  # divide by the sum of the weights (of those that agree)
     rescale: bool = True  # divide what is kept by its p
     seed: int = 0  # of the draws
+
+    def __post_init__(self):
+        finite(weights=self.weights, scale=self.scale)
+        shares(density=self.density)
+        within(0, 1, high=False, epsilon=self.epsilon)
 
     def plan(self, site: Site):
         w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")

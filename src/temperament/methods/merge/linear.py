@@ -8,6 +8,7 @@ from temperament.delta import Delta, Dense, Replace
 from temperament.delta.merge_run import averaged_additions
 from temperament.delta.merging import Blockwise, Setting, Site
 from temperament.methods.merge._kernels import weighted_sum
+from temperament.methods.merge._ranges import finite
 from temperament.parts import part
 
 
@@ -27,6 +28,9 @@ class Linear(Blockwise):
     normalise: bool = True  # divide by the sum of the weights
     scale: Setting = 1.0  # strength of the sum
     of: Literal["changes", "weights"] = "changes"  # what is summed
+
+    def __post_init__(self):
+        finite(weights=self.weights, scale=self.scale)
 
     @property
     def space(self):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from temperament.delta.merging import Blockwise, Gather, Site
 from temperament.errors import UserError
 from temperament.methods.merge._kernels import gram, weighted_sum
+from temperament.methods.merge._ranges import finite
 from temperament.parts import part
 
 
@@ -26,6 +27,9 @@ class MultiSlerp(Blockwise):
     weights: list[Any] = field(default_factory=list)  # one a model; empty: all alike
     normalise: bool = True  # divide the weights by their sum
     about: Literal["base", "zero"] = "base"  # centre of the sphere
+
+    def __post_init__(self):
+        finite(weights=self.weights)
 
     @property
     def space(self):

@@ -6,6 +6,7 @@ import torch
 
 from temperament.delta.merging import Block, Blockwise, Gather, Setting, Site, Total
 from temperament.delta.selection import largest
+from temperament.methods.merge._ranges import shares
 from temperament.parts import part
 
 
@@ -22,6 +23,9 @@ class SCE(Blockwise):
     """
 
     density: Setting = 1.0  # share of the varying entries that is selected
+
+    def __post_init__(self):
+        shares(density=self.density)
 
     def plan(self, site: Site):
         density, cut = site.one(self.density, "density"), 0.0

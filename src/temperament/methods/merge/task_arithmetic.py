@@ -5,6 +5,7 @@ from typing import Any
 
 from temperament.delta.merging import Blockwise, Setting, Site
 from temperament.methods.merge._kernels import summed
+from temperament.methods.merge._ranges import finite
 from temperament.parts import part
 
 
@@ -19,6 +20,9 @@ class TaskArithmetic(Blockwise):
     weights: list[Any] = field(default_factory=list)  # one a model; empty: 1 each
     scale: Setting = 1.0  # strength of the sum; tuned, 0.3-0.5 for many tasks
     normalise: bool = False  # divide by the sum of the weights
+
+    def __post_init__(self):
+        finite(weights=self.weights, scale=self.scale)
 
     def plan(self, site: Site):
         w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")

@@ -6,6 +6,7 @@ from typing import Any
 from temperament.delta.merging import Blockwise, Setting, Settings, Site
 from temperament.delta.selection import keep_from, largest
 from temperament.methods.merge._kernels import combined
+from temperament.methods.merge._ranges import finite, shares
 from temperament.parts import part
 
 
@@ -25,6 +26,10 @@ class Ties(Blockwise):
     density: Settings = 0.2  # share of every tensor's entries that is kept
     scale: Setting = 1.0  # strength of the result
     normalise: bool = True  # divide by the weights of those that agree: a mean, not a sum
+
+    def __post_init__(self):
+        finite(weights=self.weights, scale=self.scale)
+        shares(density=self.density)
 
     def plan(self, site: Site):
         w, scale = site.each(self.weights, "weights"), site.one(self.scale, "scale")
