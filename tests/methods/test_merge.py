@@ -54,6 +54,8 @@ CASES = [
     Case("merge.breadcrumbs", {"density": 0.6, "gamma": 0.05}, same=False),
     Case("merge.breadcrumbs", {"density": 0.9, "gamma": 0.01, "elect": True}, same=False),
     Case("merge.slerp", {"t": 0.5}, n=2, linear=False),
+    Case("merge.slerp", {"weights": [0.4, 0.4], "about": "base"}, n=2),
+    Case("merge.nearswap", {"t": 0.05}, n=1, same=False, linear=False),
     Case("merge.multislerp"),
     Case("merge.multislerp", {"about": "zero"}, linear=False),
     Case("merge.karcher", linear=False),
@@ -218,19 +220,27 @@ def brute_elect(x, w, normalise):
     return total / torch.where(votes == 0, 1.0, votes) if normalise else total
 
 
-@pytest.mark.parametrize("density", [0.05, 0.2, 0.77, 1.0, 0.0])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.77, 1.0, 1e-9])
 @pytest.mark.parametrize("w", [[1, 1, 1], [0.5, 2, 0.3], [1, -0.4, 1]])
 def test_ties_by_sorting(models, density, w):
     base, tuned = models[0], models[1][:3]
     out = parts.build({"merge.ties": {"density": density, "weights": w}}).merge(base, [differences(base, t) for t in tuned])
     for k in base:
         n = base[k].numel()
-        kept = n if density == 1 else max(1, int(density * n)) if density else 0
+        kept = n if density == 1 else max(1, int(density * n))
         expected = brute_elect([brute_trim(t[k] - base[k], kept) for t in tuned], w, True)
         sizes = [(t[k] - base[k]).abs() for t in tuned]  # entries as large as the last one kept: all are kept here, some there
         border = sum((v == v.flatten().sort(descending=True).values[max(kept, 1) - 1]).long() for v in sizes)
         same = torch.isclose(out.changes[f"lm/{k}"].d, expected, rtol=1e-5, atol=1e-7)
         assert bool((same | (border > 0)).all()) and int((~same).sum()) <= 20, k
+
+
+def test_density_0_of_some_names_keeps_their_base(models):
+    base, deltas = models[0], [differences(models[0], t) for t in models[1][:2]]
+    rules = [{"filter": "norm", "value": 0}, {"value": 0.5}]
+    for name in ("ties", "dare", "breadcrumbs", "della"):
+        out = parts.build({f"merge.{name}": {"density": [rules, rules]}}).merge(base, deltas)
+        assert all(bool(out.changes[n].d.any()) != ("norm" in n) for n in out.changes if out.changes[n].d.numel() > 1)
 
 
 def test_ties_keeps_exactly_what_density_says(models):

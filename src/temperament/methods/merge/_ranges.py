@@ -40,5 +40,8 @@ def within(least: float, most: float, low: bool = True, high: bool = True, **opt
 
 
 def shares(**options: Any) -> None:
-    """Of what is kept: some of it, or all."""
-    within(0, 1, low=False, **options)
+    """Of what is kept: in (0, 1]; 0 of some models, layers or names, but not of all."""
+    within(0, 1, **options)
+    for name, setting in options.items():
+        if not any(map(float, numbers(setting))):
+            raise ValueError(f"{name} lies in (0, 1]; 0 keeps nothing of any change")
