@@ -240,6 +240,13 @@ def test_slips(slip, field):
         checked({"merge_method": "linear", "models": ["a", "b"]} | slip)
 
 
+def test_the_valid_ones_are_valid(lab):
+    for document in VALID:
+        assert checked(document)[1] == []
+    method = plan(file(lab[1:], "slerp", None) | {"parameters": VALID[2]["parameters"]}).jobs[0].method
+    assert method.t == VALID[2]["parameters"]["t"]
+
+
 def test_layer_ranges_may_be_words():
     cut = lambda span: {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": span}]}]}
     assert checked(cut(["0", "2"]))[0] == checked(cut([0.0, 2]))[0] == checked(cut([0, 2]))[0]
@@ -310,6 +317,23 @@ def test_a_file_as_a_delta(lab, tmp_path, capsys):
     code, said = told(capsys, "merge", path, "--as", "delta", "--json", "--out", tmp_path / "d")
     assert code == 0 and json.loads(said.out)["as"] == "delta" and "int8_mask is not read" in said.err
     assert (tmp_path / "d/delta.json").exists()
+
+
+def test_several_merges_in_a_file(lab, tmp_path, capsys):
+    path, out = tmp_path / "m.yml", tmp_path / "out"
+    first = file(lab, "linear", {"weight": 0.5}, {"weight": 0.5}, base=False, name="first")
+    second = {"merge_method": "slerp", "base_model": "first", "models": ["first", lab[3]], "parameters": {"t": 0.5}}
+    path.write_text(yaml.safe_dump_all([first, second | {"parameters": {"t": [1, "x"]}}]))
+    assert told(capsys, "merge", path, "--out", out)[0] == 2 and list(tmp_path.iterdir()) == [path]
+    path.write_text(yaml.safe_dump_all([first, second | {"models": ["first", "nowhere"]}]))
+    assert told(capsys, "merge", path, "--out", out)[0] == 2 and list(tmp_path.iterdir()) == [path]
+    path.write_text(yaml.safe_dump_all([first, second]))
+    code, said = told(capsys, "merge", path, "--out", out)
+    assert code == 0, said.err
+    inner = made(first, tmp_path / "inner")
+    close(weights(tmp_path / "out.parts/first"), inner)
+    close(weights(out), made(second | {"base_model": str(tmp_path / "inner"), "models": [str(tmp_path / "inner"), lab[3]]},
+                             tmp_path / "outer"))  # fmt: skip
 
 
 def test_errors_are_json_whatever_the_value(lab, tmp_path, capsys):

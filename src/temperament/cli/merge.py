@@ -15,6 +15,7 @@ before it is called done. A recipe whose steps merge is carried out as `temper t
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from temperament.cli.app import Opt
@@ -57,19 +58,23 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 def _mergekit(a: Any, say: Say) -> dict[str, Any]:
     from temperament import api
     from temperament.run.evaluate import suite
-    from temperament.run.mergekit_yaml import beside, notes, read_yaml
+    from temperament.run.mergekit_multi import several
+    from temperament.run.mergekit_yaml import beside, named_models, notes, read_all
 
     _alone(a, "a mergekit file says it itself; write it there", "method", "base")
     _alone(a, "it looks for numbers of --method; name the models and --method, not a file", "search", "budget")
     if not a.suite:
         _alone(a, "it goes with --suite", "items")
-    document = read_yaml(a.models[0])
-    beside(document, a.as_ or "merged")
-    for given in a.suite or []:
-        suite(given)  # wrong ones are told before the merge
-    for line in notes(document):
+    documents, as_ = read_all(a.models[0]), a.as_ or "merged"
+    beside(documents[-1], as_)
+    for given in a.suite or []:  # what cannot be measured is told before the merge
+        suite(given)
+        if pair := next((m for m in named_models(documents[-1]) if "+" in m and not Path(m).exists()), None):
+            raise UserError("--suite", pair, "model+adapter cannot be measured by itself; merge without --suite")
+    for line in dict.fromkeys(note for document in documents for note in notes(document)):
         say.note(line)
-    done = api.merge(a.models[0], a.out, as_=a.as_ or "merged")
+    one = len(documents) == 1
+    done = api.merge(documents[0], a.out, as_=as_) if one else several(documents, a.out, api.merge, as_=as_)
     return _measured(done, [m for m in done["models"] if m != done["base"]], a, say)
 
 

@@ -79,6 +79,13 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     return checked(document)[1]
 
 
+def named_models(document: Mapping[str, Any]) -> list[str]:
+    """The models of a file as they are written."""
+    document, _ = checked(document)
+    listed = document.get("models") or [source for item in document["slices"] for source in item["sources"]]
+    return [entry["model"] for entry in listed]
+
+
 def beside(document: Mapping[str, Any], as_: str) -> None:
     """UserError where what is asked beside a file cannot be made of it. as_: merged, adapter or delta."""
     document, _ = checked(document)
@@ -327,7 +334,7 @@ def _rules(levels: list[Mapping], key: str, default: float | None) -> Any:
                 return value
             return [*rules, {"value": value}]
         rules += value if isinstance(value, list) else [value]
-    return [*rules, {"value": default}] if rules else default
+    return [*rules, *([] if default is None else [{"value": default}])] if rules else default
 
 
 def _first(levels: list[Mapping], key: str) -> Any:
