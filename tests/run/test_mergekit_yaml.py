@@ -198,7 +198,7 @@ def places(value, at=()):
 FREE = {"tokens", "modules"}  # what lies right under these is a name of the user's
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_slip_anywhere_is_one_sentence(data, tmp_path):
     document = copy.deepcopy(data.draw(st.sampled_from(VALID)))
