@@ -59,7 +59,7 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     why=(
-        "The sparse changes forget less (28 points against 34) and learn less (87 % of the tasks against 94 %): two dense "
-        "changes of a model this small interfere too little to pay for the entries that a mask takes away."
+        "Each at its own best rate both do the two tasks (93 % and 94 %), and the sparse changes, which take a rate ten times as "
+        "high, cost more of what was known (53 % left against 65 %)."
     ),
 )
