@@ -59,7 +59,7 @@ claim = Claim(
     seeds=(0, 1, 2),
     run=run,
     why=(
-        "Each at its own best rate both do the two tasks (93 % and 94 %), and the sparse changes, which take a rate ten times as "
-        "high, cost more of what was known (53 % left against 65 %)."
+        "Each at its own best rate both do the two tasks (93 % and 94 %), and the sparse changes, which take a rate ten "
+        "times as high, cost more of what was known (53 % left against 65 %)."
     ),
 )
