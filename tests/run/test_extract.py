@@ -1,5 +1,6 @@
 """A change extracted from two checkpoints has the error it states, and PEFT reads the low-rank ones."""
 
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from run.test_merging import tiny, weights
 from safetensors.torch import save_file
 
 from temperament.delta import Delta, LowRank
-from temperament.errors import UserError
+from temperament.errors import UserError, WorkFailed
 from temperament.run.extract import extract
 from temperament.run.merging import merge
 
@@ -55,7 +56,7 @@ def test_error_and_size_are_as_stated(pair, tmp_path, options):
         assert all(c.rank <= 4 for c in delta.changes.values() if isinstance(c, LowRank))
 
 
-def test_full_rank_is_exact_and_peft_reads_it(pair, tmp_path):
+def test_peft_reads_a_low_rank_and_computes_the_same(pair, tmp_path):
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -96,3 +97,57 @@ def test_what_an_extract_cannot_hold_is_said(pair, tmp_path):
     for kind in ("low_rank", "sparse"):
         with pytest.raises(UserError, match="nothing to extract"):
             extract(str(base), str(base), tmp_path / "no", kind=kind, error=0.5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{"rank": 16}, {"error": 0.05}])
+def test_an_embedding_kept_whole_loads_in_peft_and_gives_the_tuned_model(tmp_path, tied, options):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base, tuned = (tiny(tmp_path / str(seed), seed, tie_word_embeddings=tied) for seed in (0, 6))
+    done = extract(str(base), str(tuned), tmp_path / "out", **options)
+    kept = json.loads((tmp_path / "out/certificate.json").read_text())
+    assert kept == done["certificate"] and kept["passed"] and kept["by"] == "peft"
+    assert kept["error"]["largest"] <= 1e-5 and kept["error"]["stated"] == options.get("error")
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tuned)(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-6)
+        merged = model.merge_and_unload()
+        assert torch.allclose(merged(input_ids=ids).logits, wanted, atol=1e-6)
+    # and so do we, from the folder alone and through a merge
+    got = restored(base, tmp_path / "out")
+    assert all(torch.allclose(got[f"lm/{k}"], v, atol=1e-6) for k, v in weights(tuned).items())
+    merge([str(tmp_path / "out")], tmp_path / "model", certificate=False)
+    assert all(torch.allclose(weights(tmp_path / "model")[k], v, atol=1e-6) for k, v in weights(tuned).items())
+
+
+def test_a_file_that_does_not_hold_what_was_extracted_fails_its_certificate(pair, tmp_path, monkeypatch):
+    from temperament.run import extract as module
+
+    plain = module._write
+
+    def worse(delta, *rest):
+        name = sorted(delta.changes)[1]
+        return plain(module.replace(delta, changes={n: c for n, c in delta.changes.items() if n != name}), *rest)
+
+    monkeypatch.setattr(module, "_write", worse)
+    with pytest.raises(WorkFailed, match="errors, outputs"):
+        extract(*map(str, pair), tmp_path / "out", kind="sparse", error=0.3)
+    assert not json.loads((tmp_path / "out/certificate.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("kind", ["low_rank", "sparse"])
+def test_nan_on_either_side_is_one_sentence(pair, tmp_path, side, kind):
+    folders = dict(zip(("base", "tuned"), pair, strict=True))
+    folders[side] = shutil.copytree(folders[side], tmp_path / side)
+    name = "model.layers.1.mlp.up_proj.weight"
+    state = weights(folders[side])
+    state[name][2, 3] = float("nan")
+    save_file(state, folders[side] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{side}/model.safetensors, tensor .*{name}") as found:
+        extract(str(folders["base"]), str(folders["tuned"]), tmp_path / "out", kind=kind, error=0.3)
+    assert "\n" not in str(found.value) and not (tmp_path / "out").exists()

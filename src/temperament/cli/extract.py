@@ -40,9 +40,12 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 
 
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
-    from temperament.cli.views import place
+    from temperament.cli.views import certified, place
 
-    place("written", data["out"], say)
+    if data["certificate"]["by"]:
+        certified(data["certificate"], data["out"], say)
+    else:
+        place("written", data["out"], say)
     size, error = data["bytes"] / 1e6, 100 * data["error"]
     say.out.print(f"size      {size:.2f} MB, {data['times_smaller']:.0f} times smaller than the change in fp32")
     say.out.print(f"error     {error:.1f} % of the change is left out ({len(data['tensors'])} tensors)")

@@ -63,7 +63,8 @@ def read_peft(folder: str | Path, base=None, component: str | None = None) -> De
         key = key.removeprefix(PREFIX)
         if found := _KEY.match(key):
             modules.setdefault(found["path"], {})[found["part"]] = source.read(name)
-        elif not key.endswith(".base_layer.weight"):  # (the frozen weight under a LoRA, which peft saves for embeddings)
+        elif not key.endswith(".base_layer.weight") and key not in side.get("tied", []):
+            # (neither the frozen weight under a LoRA, which peft saves for embeddings, nor a tied tensor's second name)
             changes[f"{component}/{key.replace('.base_layer.', '.')}"] = Replace(source.read(name))  # modules_to_save, biases
     for path, tensors in sorted(modules.items()):
         weight = f"{component}/{path}.weight"
@@ -77,6 +78,7 @@ def read_peft(folder: str | Path, base=None, component: str | None = None) -> De
         raise UserError("adapter", str(weights), mend)
     if base is not None:
         changes = {n: c for n, c in changes.items() if not (isinstance(c, Replace) and _unchanged(c, base, n))}
+        changes = {n: c for n, c in changes.items() if not _copied(n, changes, base)}
         if not config.get("ensure_weight_tying"):
             _refuse_half_tied(changes, base)
     return replace(delta, changes=changes)
@@ -84,7 +86,8 @@ def read_peft(folder: str | Path, base=None, component: str | None = None) -> De
 
 def _side_file(folder: Path) -> dict:
     side = read_json(folder / SIDE, "adapter side file") if (folder / SIDE).is_file() else {}
-    if side and (side.get("format") != FORMAT or not isinstance(side.get("base"), dict)):
+    known = side.get("format") == FORMAT and isinstance(side.get("base"), dict) and isinstance(side.get("tied", []), list)
+    if side and not known:
         raise UserError("adapter side file", str(folder / SIDE), "it was edited; delete it to load without a base check")
     return side
 
@@ -161,6 +164,12 @@ def _tied_once(changes: dict[str, Change]) -> dict[str, Change]:
 
 def _unchanged(change: Replace, base: Source, name: str) -> bool:
     return name in base and base.entry(name).shape == change.weight_shape and torch.equal(base.read(name), change.tensor)
+
+
+def _copied(name: str, changes: dict[str, Change], base: Source) -> bool:
+    """Is it a tied tensor's other name, saved whole as the tensor itself was? peft reads and writes both."""
+    change, whole = changes[name], changes.get(base.aliases.get(name, ""))
+    return isinstance(change, Replace) and isinstance(whole, Replace) and torch.equal(change.tensor, whole.tensor)
 
 
 def _refuse_half_tied(changes: dict[str, Change], base: Source) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -76,14 +77,18 @@ def write_peft(
     for path, tensor in whole.items():
         module, _, kind = path.rpartition(".")
         tensors[f"{module}.base_layer.{kind}" if module in loras else path] = tensor
+    tied = {alias: whole[name] for alias, name in _tied(source).items() if name in whole}  # peft reads both names
+    tensors |= tied
     config = _config(loras, saved, any(p.rpartition(".")[0] not in saved for p in whole), source)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with atomic_folder(folder, overwrite) as new:
         write_tensors(new, {PREFIX + key: t.contiguous() for key, t in tensors.items()}, "adapter_model")
         write_json(new / "adapter_config.json", config)
-        digest = read_peft(new, component=delta.components[0]).digest  # of the delta as a reader gets it, scales folded
+        got = read_peft(new, component=delta.components[0])  # the delta as a reader gets it, scales folded
+        twice = {f"{delta.components[0]}/{alias}" for alias in tied}
+        digest = replace(got, changes={n: c for n, c in got.changes.items() if n not in twice}).digest
         side = {"base": dict(delta.base), "component": delta.components[0], "digest": digest, "meta": dict(delta.meta)}
-        write_json(new / SIDE, {"format": FORMAT} | side)
+        write_json(new / SIDE, {"format": FORMAT} | side | ({"tied": sorted(tied)} if tied else {}))
 
 
 def _plan(delta: Delta, base: Source | None) -> tuple[dict[str, Change], dict[str, Tensor]]:
@@ -133,6 +138,12 @@ def _saved(whole: dict[str, Tensor], loras: dict[str, Change], base: Source | No
             loras.pop(module, None)
             whole[path] = delta.change(full).apply(base.read(full)) if full in delta.changes else base.read(full)
     return saved
+
+
+def _tied(base: Source | None) -> dict[str, str]:
+    """{other name of a tied tensor: its name}, without components."""
+    bare = lambda name: name.split("/", 1)[1]
+    return {} if base is None else {bare(alias): bare(name) for alias, name in base.aliases.items()}
 
 
 def _keys(change: Change) -> dict[str, Tensor]:

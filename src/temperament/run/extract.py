@@ -6,22 +6,31 @@
                 kept
 
 Errors are relative and in Frobenius norm: |kept - change| / |change|, for each tensor and over all. One tensor is held at a
-time.
+time. What was written is read again: its errors against those asked for, and, in a fresh process (by PEFT where it is
+installed), its outputs against those of the base with the change (certificate.json).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from temperament.bases.load import Base, load
+from temperament.bases.probe import Answer, question
 from temperament.delta import Change, Delta, Dense, LowRank, Replace, Rice, Sparse, between, identity
+from temperament.delta.certificate import certify
 from temperament.delta.lowrank import truncated
-from temperament.errors import UserError, nearest
+from temperament.delta.peft_format import is_peft, read_peft
+from temperament.delta.stream import finite
+from temperament.errors import UserError, WorkFailed, nearest
+from temperament.run.export import free
 from temperament.run.merge_inputs import Input, open_input
 from temperament.run.vocabulary import is_vocabulary
 
@@ -54,6 +63,7 @@ def extract(
         raise UserError("--error", error, "it is relative and lies between 0 and 1")
     if (rank is not None and rank < 1) or (density is not None and not 0 < density <= 1):
         raise UserError("--rank, --density", size, "rank is at least 1, density in (0, 1]")
+    free(out, "--out")
     under, over = open_input(base, field="--base"), open_input(tuned)
     lazy = between(under.source, over.source, exact=False, lazy=True, identify=False)
     if lost := sorted([*lazy.additions, *(n for n in lazy.buffers if not _same(under, over, n))]):
@@ -64,7 +74,7 @@ def extract(
     changes: dict[str, Change] = {}
     squares, left, rows = 0.0, 0.0, []
     for k, name in enumerate(sorted(lazy.changes)):
-        difference = _difference(lazy.changes[name], under, name)
+        difference = _difference(lazy.changes, under, over, name)
         norm = float(difference.double().norm())
         if norm == 0:
             continue
@@ -80,19 +90,35 @@ def extract(
     if not changes:
         raise UserError("tuned", tuned, f"its weights are those of {base}: there is nothing to extract")
     delta = Delta(changes, base=identity(under.source), meta={"extracted": {"kind": kind, "from": tuned, "base": base}})
-    as_ = _write(delta, under, Path(out), kind)
+    live = _live(under, delta)
+    as_ = _write(delta, under, over, live, Path(out), kind)
     dense = sum(under.source.entry(n).numel * 4 for n in changes)
     whole = (left / squares) ** 0.5 if squares else 0.0
+    found = _certified(Path(out), under, over, lazy.changes, delta, live, {"stated": error, "whole": whole, "rows": rows})
     return {"out": str(out), "kind": kind, "as": as_, "base": base, "tuned": tuned, "error": whole, "bytes": delta.bytes,
-            "times_smaller": dense / max(delta.bytes, 1), "tensors": rows}  # fmt: skip
+            "times_smaller": dense / max(delta.bytes, 1), "tensors": rows, "certificate": found}  # fmt: skip
 
 
 def _same(under: Input, over: Input, name: str) -> bool:
     return torch.equal(under.source.read(name), over.source.read(name).to(under.source.entry(name).dtype))
 
 
-def _difference(change: Change, under: Input, name: str) -> Tensor:
-    return change.delta(under.source.read(name) if change.needs_weight else None)
+def _difference(changes: Any, under: Input, over: Input, name: str) -> Tensor:
+    if not finite(under.source.read(name)):
+        raise _not_finite(under, name)
+    if name in over.source and not finite(over.source.read(name)):
+        raise _not_finite(over, name)
+    change = changes[name]
+    found = change.delta(under.source.read(name) if change.needs_weight else None)
+    if not finite(found):
+        raise _not_finite(over, name)
+    return found
+
+
+def _not_finite(of: Input, name: str) -> UserError:
+    file = of.source.entry(name).file if name in of.source else None
+    mend = "it holds NaN or infinities: the file is damaged or its training diverged; use another"
+    return UserError(f"{file or of.spec}, tensor", name.split("/", 1)[1], mend)
 
 
 def _low(d: Tensor, rank: int | None, error: float | None) -> Change:
@@ -145,13 +171,97 @@ def _ternary(d: Tensor, density: float | None, error: float | None) -> Change:
     return Rice.pack(kept.view(d.shape), float(sums[count - 1] / count))
 
 
-def _write(delta: Delta, under: Input, out: Path, kind: str) -> str:
+def _write(delta: Delta, under: Input, over: Input, live: Base | None, out: Path, kind: str) -> str:
     from temperament.delta.peft_write import task_type, write_peft
 
     if kind != "low_rank":
         delta.save(out)
         return "delta"
-    whole = {n: Replace(c.apply(under.source.read(n))) if isinstance(c, Dense) else c for n, c in delta.changes.items()}
+
+    def whole(name: str, change: Change) -> Change:
+        if not isinstance(change, Dense):
+            return change
+        at, to = under.source.read(name), over.source.entry(name).dtype if name in over.source else torch.float32
+        return Replace(change.apply(at.float()).to(torch.promote_types(at.dtype, to)))
+
+    made = replace(delta, changes={n: whole(n, c) for n, c in delta.changes.items()})
     task = task_type(under.config.get("architectures") or (), bool(under.config.get("is_encoder_decoder")))
-    write_peft(replace(delta, changes=whole), out, base=under.source, base_model=under.spec, task_type=task)
+    # the model knows what it ties; a folder alone may store a tied tensor once
+    write_peft(made, out, base=under.source if live is None else live.model, base_model=under.spec, task_type=task)
     return "peft"
+
+
+# ---- the certificate -----------------------------------------------------------------------------------------------
+
+
+def _live(under: Input, delta: Delta) -> Base | None:
+    """The base as a model that can be asked; None where it is weights alone, or a model that calls them otherwise."""
+    if not (under.folder / "config.json").is_file() or ("+" in under.spec and not Path(under.spec).exists()):
+        return None
+    base = load(under.spec, field="--base", own=True)
+    try:
+        question(base)
+    except UserError:  # nothing is known to ask of a base of this kind
+        return None
+    return base if {name for name, _ in base.parameters()}.issuperset(_on(base, delta).changes) else None
+
+
+def _on(base: Base, delta: Delta) -> Delta:
+    """The change by the names of the base's model."""
+    component = next(iter(base.components))
+    return delta.remap(lambda name: f"{component}/{name.split('/', 1)[1]}")
+
+
+def _certified(
+    out: Path, under: Input, over: Input, changes: Any, delta: Delta, live: Base | None, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """What is on disk: its errors again, and its outputs in a fresh process against those of the base with the change."""
+    kept = read_peft(out, component="lm") if is_peft(out) else Delta.load(out)
+    failures, squares, left, largest = [], 0.0, 0.0, 0.0
+    for row in asked["rows"]:
+        name = f"lm/{row['name']}"
+        weight, difference = under.source.read(name).float(), _difference(changes, under, over, name).double()
+        written = kept.change(name) if name in kept.changes else Dense(torch.zeros_like(weight))
+        got = (written.apply(weight).double() - weight.double()) if written.needs_weight else written.delta().double()
+        norm, off = row["norm"], float((got.view(difference.shape) - difference).norm())
+        squares, left, largest = squares + norm**2, left + off**2, max(largest, off / norm)
+    whole = (left / squares) ** 0.5
+    near = abs(whole - asked["whole"]) <= 1e-3 * whole + 1e-4
+    if not near or (asked["stated"] or 1) * 1.001 + 1e-4 < largest:
+        failures.append("errors")
+    found: dict[str, Any] = {"passed": True, "failures": [], "max_difference": None, "by": None}  # None: no outputs to compare
+    if live is not None:
+        live.apply(_on(live, delta))
+        try:
+            inputs = question(live)
+            with torch.no_grad():
+                expected = Answer(live)(**inputs)
+        finally:
+            live.reset()
+        found = certify(out, inputs, expected, base=live.id, reload=f"{__name__}:reloaded", trust=live.trusted)
+        found["by"] = "peft" if is_peft(out) and _has_peft() else "temperament"
+    failures = [*failures, *found["failures"]]
+    found |= {"passed": not failures, "failures": failures}
+    found |= {"error": {"stated": asked["stated"], "whole": whole, "largest": largest}}
+    (out / "certificate.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if failures:
+        why = ", ".join(failures)
+        raise WorkFailed(f"{out} was written, but loaded again it differs from what was extracted ({why}); do not use it.")
+    return found
+
+
+def reloaded(base: str, folder: Path, trust: bool = False) -> tuple[nn.Module, dict[str, str]]:
+    """In the fresh process: the base by its name with what is in the folder on it, by PEFT where it can."""
+    found = load(base, own=True, trust_remote_code=trust)
+    component = next(iter(found.components))
+    if not is_peft(folder) or not _has_peft():
+        found.apply(_on(found, Delta.load(folder)))
+    else:
+        from peft import PeftModel
+
+        found.components[component] = PeftModel.from_pretrained(found.model, str(folder)).eval()
+    return Answer(found), found.sha256
+
+
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
