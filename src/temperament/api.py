@@ -100,11 +100,14 @@ def dial(
     bake: str | Path | None = None,
     as_: str = "merged",
     device: str = "auto",
+    out: str | Path | None = None,
     tell: Tell = silent,
 ) -> dict[str, Any]:
-    """Sweep the strength of a finished run's change and answer a budget (percentage points); `bake` writes the best point."""
+    """Sweep the strength of a finished run's change and answer a budget (percentage points); `bake` writes the best point.
+    Points are kept in dial.json and drawn in dial.svg, in `out` or the run's folder: a sweep that was stopped goes on."""
     from dataclasses import replace
 
+    from temperament.report import picture
     from temperament.run.dial import dial as sweep
     from temperament.run.dial import scaled
     from temperament.run.export import export_delta, free
@@ -120,7 +123,12 @@ def dial(
     except ValueError as problem:
         name = str(problem).split(" ", 1)[0]
         raise UserError(f"--{name}", given.get(name), str(problem)) from None
-    found = {"run": str(run), **sweep(again.skills(), again.delta, spec, tell)}
+    place = Path(run if out is None else out)
+    if place.is_file():
+        raise UserError("--out", str(place), "this is a file; name a folder")
+    found = {"run": str(run), **sweep(again.skills(), again.delta, spec, tell, place / "dial.json")}
+    if (drawn := picture.dial_picture(found)) is not None:
+        found["picture"] = str(picture.write(drawn, place / "dial.svg"))
     if bake is not None:
         again.base.reset()
         found |= {

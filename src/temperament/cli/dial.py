@@ -6,6 +6,7 @@
 
 The strength of the change is swept: what do the targets gain, what do the retained skills lose? The best point gains most
 among those that lose no more than the budget, in percentage points on average. --bake writes that point as a model.
+Points are kept in dial.json as they are measured and drawn in dial.svg: stopped or asked for more, the sweep goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ OPTIONS = (
         shown="the recipe's, or merge.linear",
     ),
     Opt("--items", "items a skill", "N", int, shown="the recipe's, or 60"),
+    Opt("--out", "folder of dial.json and dial.svg", "DIR", shown="the run's own"),
     Opt("--bake", "write the best point to this new folder", "DIR"),
     Opt(
         "--as",
@@ -59,6 +61,7 @@ def run(a: Any, say: Say) -> dict[str, Any]:
             bake=a.bake,
             as_=a.as_,
             device=a.device,
+            out=a.out,
             tell=tell,
         )
 
@@ -66,7 +69,7 @@ def run(a: Any, say: Say) -> dict[str, Any]:
 def show(data: dict[str, Any], say: Say, a: Any) -> None:
     from rich.text import Text
 
-    from temperament.cli.views import certified, dial_best, percent, signed, within
+    from temperament.cli.views import certified, dial_best, percent, place, signed, within
 
     rows = []
     for p in data["points"]:
@@ -84,6 +87,8 @@ def show(data: dict[str, Any], say: Say, a: Any) -> None:
     say.table(["strength", "shape", "target", "change", "retained", "change"], rows, right=(2, 3, 4, 5))
     say.out.print()
     dial_best(data, say)
+    if data.get("picture"):
+        place("picture", data["picture"], say)
     if data.get("baked"):
         certified(data["certificate"], data["baked"], say)
         if data["best"]["strength"] == 0:

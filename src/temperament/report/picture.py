@@ -1,4 +1,5 @@
-"""Standalone SVG pictures for a README or a slide: the comparison of methods, and the gain and loss of one run.
+"""Standalone SVG pictures for a README or a slide: the comparison of methods, the gain and loss of one run, what a search
+tried, and a dial.
 
 Each carries its own colours for light and dark, loads nothing, and shows the same drawing as the report.
 """
@@ -35,6 +36,21 @@ def search_picture(search: Mapping[str, Any], title: str = "What the search trie
     chart = str(svg.trials([at(r) for r in search["trials"]], at(search["best"]), label, (budget or 0.0) / 100))
     chart = Markup(chart.replace("<svg ", '<svg x="10" y="44" width="600" height="428" ', 1))
     return _page([el("text", title, x=24, y=30, class_="title"), chart], 620, 484, title)
+
+
+def dial_picture(dial: Mapping[str, Any], title: str = "How much of the change to use") -> str | None:
+    """The curves of a dial, what is drawn how, and its answer; None of fewer than two points."""
+    found = charts.dial(show.clean(dial))
+    if found is None:
+        return None
+    chart = Markup(str(found["chart"]).replace("<svg ", '<svg x="10" y="44" width="600" height="326" ', 1))
+    parts, y = [el("text", title, x=24, y=30, class_="title"), chart], 396
+    for k, line in enumerate(found["legend"]):
+        at, y = 24 + 290 * (k % 2), 396 + 22 * (k // 2)
+        swatch = el("line", x1=at, x2=at + 24, y1=y - 4, y2=y - 4, class_=f"curve {line['style']}")
+        parts.append(el("g", swatch, class_="chart"))
+        parts.append(el("text", line["name"], x=at + 32, y=y, class_="group"))
+    return _page(parts, 620, y + 18, title)
 
 
 def skills_picture(ledger: Mapping[str, Any], title: str = "What was gained, what was lost") -> str | None:

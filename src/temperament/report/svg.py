@@ -83,12 +83,12 @@ class Plane:
         out = []
         for y in ticks(self.y0, self.y1) if y_ticks is None else y_ticks:
             at = self.py(y)
-            text = f"{100 * y:.0f}" if percent else digits(y)
+            text = digits(round(100 * y if percent else y, 9))
             out.append(el("line", x1=float(self.left), x2=float(self.width - self.right), y1=at, y2=at, class_="grid"))
             out.append(el("text", text, x=float(self.left - 6), y=at + 3.5, class_="tick end"))
         spots = ticks(self.x0, self.x1, 5 if self.width > 330 else 4)
         for x in spots:
-            text = f"{100 * x:.3g}".replace("-", "−") if x_percent else digits(x)
+            text = digits(round(100 * x if x_percent else x, 9))
             side = " end" if self.px(x) > self.width - 22 else ""
             out.append(
                 el(

@@ -6,21 +6,31 @@
 The best point gains most on the targets among those whose retained skills lose no more than the budget on average; strength 0
 is the base and always qualifies, so there is always an answer. Where the model paints, each point keeps a few pictures: the
 same captions from the same noise at every strength.
+
+With `keep`, a file, every point is on disk as soon as it is measured, under the address of all that it depends on (the recipe,
+the base, the change, the skills and their items): a sweep that was stopped, or is asked for more strengths, measures only what
+is missing, and nothing of another sweep is taken for it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from temperament import parts
 from temperament.delta import Delta
 from temperament.errors import UserError
 from temperament.protocols import Outcome, Shape
+from temperament.run.artefacts import address
 from temperament.run.skills import level
+from temperament.train.checkpoint import write_atomic
 
 
-def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambda event, **data: None) -> dict[str, Any]:
+def dial(
+    skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambda event, **data: None, keep: Path | None = None
+) -> dict[str, Any]:
     """Sweep `delta` on the base of `skills` (run.tune.Skills); spec: recipe.Dial. Points are dicts of strength, shape, target,
     retained (means over skills, 0..1 or the measure's unit) and each skill's own value; changes are in percentage points, or
     hundredths of the unit, up meaning better."""
@@ -31,26 +41,61 @@ def dial(skills: Any, delta: Delta, spec: Any, tell: Callable[..., None] = lambd
             "no target skill",
             "the dial weighs gain against loss; name what is taught, e.g. evaluate.file with role: target",
         )
-    base.reset()
-    zero = some.values()
-    painted, points = some.painted, []
+    book = Book(keep, "" if keep is None else address(skills.key(f"{base.sha256} {base.reading}"), delta.digest, spec.items))
+
+    def measured(change: Delta | None = None) -> dict[str, Any]:
+        base.reset()
+        if change is not None:
+            base.apply(change)
+        return {"skills": some.values(), "pictures": some.painted}
+
+    if book.base is None:
+        book.base = measured()
+        book.write()
+    zero, points = book.base, []
     for name in spec.shape:
         shape = parts.build(name, Shape, "evaluation.dial.shape")
         for s in spec.strengths:
-            # merge.linear at 0 is the base itself; other shapes at 0 still change the deep blocks
-            if s == 0 and name == "merge.linear":
-                values, some.painted = zero, painted
-            else:
-                base.reset()
-                base.apply(shape.scale_delta(delta, s, base.places))
-                values = some.values()
-            points.append({"shape": name, "strength": s, **some.summary(values, zero), "skills": values})
-            if some.painted:
-                points[-1]["pictures"] = some.painted
-            tell("dial", point=points[-1])
+            if (point := book.points.get((name, s))) is None:
+                # merge.linear at 0 is the base itself; other shapes at 0 still change the deep blocks
+                at_base = s == 0 and name == "merge.linear"
+                found = zero if at_base else measured(shape.scale_delta(delta, s, base.places))
+                point = {
+                    "shape": name,
+                    "strength": s,
+                    **some.summary(found["skills"], zero["skills"]),
+                    "skills": found["skills"],
+                }
+                point |= {"pictures": found["pictures"]} if found["pictures"] else {}
+                book.points[name, s] = point
+                book.write()
+            points.append(point)
+            tell("dial", point=point)
     base.reset()
     best = choose(points, spec.budget)
-    return {"points": points, "best": best, "budget": spec.budget, "items": spec.items}
+    told = {"best": best, "budget": spec.budget, "items": spec.items}
+    book.write(**told)
+    return {"points": points, **told}
+
+
+class Book:
+    """The base and the points measured so far, of one sweep; on disk where a file is named."""
+
+    def __init__(self, file: Path | None, key: str):
+        self.file, self.key, self.base, self.points = file, key, None, {}
+        if file is None:
+            return
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            if held["key"] == key:
+                self.base, self.points = held["base"], {(p["shape"], p["strength"]): p for p in held["points"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or none of ours: it is begun again
+
+    def write(self, **told: Any) -> None:
+        if self.file is not None:
+            held = {"key": self.key, "base": self.base, "points": list(self.points.values()), **told}
+            write_atomic(self.file, json.dumps(held, indent=1))
 
 
 def choose(points: list[dict[str, Any]], budget: float) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from typing import Any
 from temperament import parts
 from temperament.bases.load import load
 from temperament.errors import UserError
+from temperament.nn import draws
 from temperament.protocols import Merge
 from temperament.run import recipe as schema
 from temperament.run.artefacts import address
 from temperament.run.evaluate import suite
-from temperament.run.export import delta_of
+from temperament.run.export import delta_of, free
 from temperament.run.merge_inputs import named_base
 from temperament.run.merging import merge
 from temperament.run.scoring import Scorer
@@ -43,16 +44,20 @@ def search(
     as_: str = "merged",
     tell: Callable[..., None] = lambda event, **data: None,
 ) -> dict[str, Any]:
-    """The merge's own record, with "search": {"trials", "best", "front"}. Trials are kept beside `out` (NAME.search.jsonl, and
-    optuna's journal), so a search that was stopped goes on where it was."""
+    """The merge's own record, with "search": {"trials", "best", "front"}. Trials are kept beside `out` (NAME.search.jsonl, a
+    journal of optuna), so a search that was stopped goes on where it was. What trial n tries follows from (seed, n) and the
+    trials before it alone: stopped or not, a search is the same."""
     try:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
         raise UserError("--search", "optuna", "it is not installed; pip install 'temperament[search]'") from None
+    if trials < 1:
+        raise UserError("--search", trials, "say how many trials, 1 or more")
     if not _ranges(method):
         raise UserError("--method", method, "nothing to search: write {search: [low, high]} where a number is to be found")
+    free(out, "--out")
     base = base or next((b for m in models if (b := named_base(m))), None)
     if base is None:
         raise UserError("--base", None, "none of the models says what it was tuned from; name the base")
@@ -71,7 +76,8 @@ def search(
     study = optuna.create_study(
         study_name=address([method, parts.plain(recipe), budget, loaded.sha256, loaded.reading, [d.digest for d in deltas]]),
         storage=JournalStorage(JournalFileBackend(str(journal))),
-        sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize", load_if_exists=True)  # fmt: skip
+        direction="maximize", load_if_exists=True)  # fmt: skip
+    finished = lambda: [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
 
     def objective(trial: Any) -> float:
         spec = _filled(method, lambda name, given: _suggested(trial, name, given))
@@ -79,16 +85,17 @@ def search(
         for key, value in {**found, "method": json.dumps(spec)}.items():
             trial.set_user_attr(key, value)
         lost = max(0.0, -found["retained_change"] - budget)
-        tell("search", trial=trial.number, of=trials, method=spec, **found)
+        tell("search", trial=len(finished()), of=trials, method=spec, **found)
         return found["target_change"] - OVER * lost
 
-    finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    study.optimize(objective, n_trials=max(0, trials - len(finished)))
+    while (done := len(finished())) < trials:
+        study.sampler = optuna.samplers.TPESampler(seed=draws.key(seed, "search", done) % 2**32)
+        study.optimize(objective, n_trials=1)
     rows = [{"worth": t.value, **{k: (json.loads(v) if k == "method" else v) for k, v in t.user_attrs.items()}}
-            for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]  # fmt: skip
+            for t in finished()]  # fmt: skip
     best = max(rows, key=lambda r: r["worth"])
-    done = merge(models, out, method=best["method"], base=base, as_=as_)
-    return done | {"search": {"trials": rows, "best": best, "front": front(rows), "budget": budget, "items": items}}
+    made = merge(models, out, method=best["method"], base=base, as_=as_)
+    return made | {"search": {"trials": rows, "best": best, "front": front(rows), "budget": budget, "items": items}}
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
