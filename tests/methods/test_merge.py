@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -545,3 +546,153 @@ def test_a_value_that_is_not_finite_stops_the_merge(models, tmp_path):
     with pytest.raises(UserError, match="not all finite"):
         stream(parts.build("merge.linear"), sources[1], sources[0], writer)
     writer.close(finished=False)
+
+
+# ---- closed forms written out, and weights -----------------------------------------------------------------------------
+
+
+def fresh(n, size=0.1):
+    """A base and n models' differences from it, drawn anew; without the tensor of one number, where directions are signs."""
+    base = {k: torch.randn(s) for k, s in SHAPES.items() if math.prod(s) > 1}
+    return base, [{k: size * torch.randn(v.shape) for k, v in base.items()} for _ in range(n)]
+
+
+def result(spec, base, moved):
+    """{name: what the merge changes}, fp64."""
+    out = parts.build(spec).merge(base, [Delta({f"lm/{k}": Dense(v.clone()) for k, v in d.items()}) for d in moved])
+    return {k: (out.change(f"lm/{k}").apply(v) - v).double() for k, v in base.items()}
+
+
+@pytest.mark.parametrize("density", [1.0, 0.4, 0.03, 0.0])
+def test_sce_by_hand(density):
+    base, moved = fresh(3)
+    out = result({"merge.sce": {"density": density}}, base, moved)
+    for k in base:
+        spread = torch.stack([d[k] for d in moved]).var(0, unbiased=False)
+        x, border = torch.stack([d[k] for d in moved]).double(), torch.zeros_like(spread, dtype=torch.bool)
+        if density < 1:
+            count = int(density * int((spread != 0).sum()))
+            cut = spread.flatten().sort(descending=True).values[count - 1] if count else torch.inf
+            x, border = x * (spread >= cut), (spread - cut).abs() <= 1e-6 * spread
+        energy = x.square().flatten(1).mean(1)
+        w = energy / energy.sum() if float(energy.sum()) > 0 else torch.full_like(energy, 1 / 3)
+        expected = torch.zeros_like(x[0]).flatten()
+        for i, column in enumerate(x.flatten(1).T):  # an entry at a time
+            sign = 1.0 if float(column.sum()) >= 0 else -1.0
+            agree = [j for j in range(3) if float(column[j]) * sign > 0]
+            if agree:
+                expected[i] = sum(float(w[j] * column[j]) for j in agree) / sum(float(w[j]) for j in agree)
+            if i == 2000:
+                break
+        at = slice(0, 2001)
+        off = (out[k].flatten()[at] - expected[at]).abs()
+        assert float(off[~border.flatten()[at]].max()) < 1e-6, k
+        if density < 1:
+            assert abs(int((out[k] != 0).sum()) - count) <= 2, k
+
+
+@pytest.mark.parametrize("about", ["base", "zero"])
+def test_multislerp_by_hand(about):
+    base, moved = fresh(4)
+    w = torch.rand(4, dtype=torch.float64) + 0.2
+    out = result({"merge.multislerp": {"weights": w.tolist(), "about": about}}, base, moved)
+    w = w / w.sum()
+    for k, v in base.items():
+        centre = v.double() if about == "zero" else torch.zeros_like(v, dtype=torch.float64)
+        x = [(d[k].double() + centre).flatten() for d in moved]
+        u = [a / a.norm() for a in x]
+        m = sum(a * b for a, b in zip(w, u, strict=True))
+        m = m / m.norm()
+        t = sum(a * (b - (b @ m) * m) for a, b in zip(w, u, strict=True))
+        point = t.norm().cos() * m + t.norm().sin() * t / t.norm()
+        expected = (point * sum(a * b.norm() for a, b in zip(w, x, strict=True))).view(v.shape) - centre
+        assert torch.allclose(out[k], expected, rtol=1e-4, atol=2e-6), (k, float((out[k] - expected).abs().max()))
+
+
+@pytest.mark.parametrize("by", ["tensor", "row"])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_model_stock_by_hand(by, n):
+    base, moved = fresh(n)
+    common = {k: 0.1 * torch.randn(v.shape) for k, v in base.items()}  # fine-tunes of one task have something in common
+    moved = [{k: d[k] + common[k] for k in d} for d in moved]
+    out = result({"merge.model_stock": {"by": by}}, base, moved)
+    for k, v in base.items():
+        rows = [d[k].double().reshape(len(v) if by == "row" and v.dim() > 1 else 1, -1) for d in moved]
+        cosines = [torch.nn.functional.cosine_similarity(a, b, -1) for i, a in enumerate(rows) for b in rows[:i]]
+        c = sum(cosines) / len(cosines)
+        t = n * c / (1 + (n - 1) * c)
+        expected = (t[:, None] * sum(rows) / n).view(v.shape)
+        assert torch.allclose(out[k], expected, rtol=1e-4, atol=2e-6), (k, float((out[k] - expected).abs().max()))
+
+
+# (options, may the models be permuted with their weights?): what is drawn is drawn by a model's place
+NORMALISED = [
+    ({"merge.linear": {}}, True),
+    ({"merge.linear": {"of": "weights"}}, True),
+    ({"merge.linear": {"scale": 0.6}}, True),
+    ({"merge.task_arithmetic": {"normalise": True}}, True),
+    ({"merge.ties": {"density": 0.4}}, True),
+    ({"merge.breadcrumbs": {"density": 0.6, "normalise": True}}, True),
+    ({"merge.breadcrumbs": {"density": 0.6, "normalise": True, "elect": True}}, True),
+    ({"merge.multislerp": {}}, True),
+    ({"merge.multislerp": {"about": "zero"}}, True),
+    ({"merge.karcher": {}}, True),
+    ({"merge.dare": {"density": 0.5, "normalise": True}}, False),
+    ({"merge.dare": {"density": 0.5, "normalise": True, "elect": True}}, False),
+    ({"merge.della": {}}, False),
+]
+SUMMED = [{"merge.task_arithmetic": {}}, {"merge.sparse_sum": {"density": 0.3}}, {"merge.breadcrumbs": {"density": 0.5}}]
+
+
+def weighed(spec, base, moved, w):
+    name, options = next(iter(spec.items()))
+    return result({name: {**options, "weights": w}}, base, moved)
+
+
+def alike(a, b):
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=2e-6) for k in a)
+
+
+@pytest.mark.parametrize("spec", [s for s, _ in NORMALISED], ids=str)
+def test_weights_that_are_normalised_count_by_their_ratio(spec):
+    base, moved = fresh(3)
+    w = (torch.rand(3) + 0.2).tolist()
+    plain = weighed(spec, base, moved, w)
+    for by in (0.01, 3.7):
+        alike(plain, weighed(spec, base, moved, [by * a for a in w]))
+    other = weighed(spec, base, moved, [2 * w[0], *w[1:]])
+    assert any(not torch.allclose(plain[k], other[k], rtol=1e-3, atol=1e-5) for k in plain), "weights count at all"
+
+
+@pytest.mark.parametrize("spec", [*(s for s, order in NORMALISED if order), *SUMMED], ids=str)
+def test_models_permuted_with_their_weights(spec):
+    base, moved = fresh(4)
+    w, order = (torch.rand(4) + 0.2).tolist(), torch.randperm(4).tolist()
+    alike(weighed(spec, base, moved, w), weighed(spec, base, [moved[i] for i in order], [w[i] for i in order]))
+
+
+def test_every_part_that_takes_weights_normalised_is_listed():
+    listed = {name for spec, _ in NORMALISED for name in spec}
+    built = {name: parts.build({name: {"of": "a"}} if name in NEEDS_OF else name) for name in parts.names("merge")}
+    assert {n for n, p in built.items() if hasattr(p, "normalise")} <= listed
+
+
+# what is no merge tensor by tensor has its tests in a file of its own
+NEEDS_OF = ("merge.graft",)
+ELSEWHERE = {
+    "merge.graft": "test_merge_learned.py",
+    "merge.norm_statistics": "test_soups.py",
+    "merge.pleas": "test_pleas.py",
+    "merge.soup_greedy": "test_soups.py",
+    "merge.soup_learned": "test_soups.py",
+}
+
+
+def test_every_part_has_a_case():
+    """A new merge has the properties above, or a file of tests of its own."""
+    cases = {case.name for case in CASES}
+    assert not cases & ELSEWHERE.keys()
+    assert cases | ELSEWHERE.keys() == set(parts.names("merge")), "add a Case, or name the file that tests it"
+    for name, file in ELSEWHERE.items():
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert name in text, (name, file)

@@ -40,10 +40,13 @@ def run(a: Any, say: Say) -> dict[str, Any]:
     from temperament import api
     from temperament.cli.app import need
     from temperament.cli.live import Live
+    from temperament.run.evaluate import suite
     from temperament.run.mergekit_yaml import is_mergekit
     from temperament.run.recipe import parse_yaml
 
     need("merge", a, "out")
+    for given in a.suite or []:
+        suite(given)  # wrong ones are told before anything is written
     if len(a.models) == 1 and a.models[0].endswith((".yaml", ".yml")):
         return _mergekit(a, say) if is_mergekit(a.models[0]) else _recipe(a, say)
     method, as_ = a.method or "merge.linear", a.as_ or "merged"

@@ -5,6 +5,7 @@ ledger(["runs/a", "runs/b"], "models/ab", base="lab/lm", suites=[{"evaluate.lab"
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from temperament.run.ledger import Ledger
 from temperament.run.reopen import subject
 from temperament.run.skills import skills_of
 from temperament.run.synergy import synergy
+from temperament.train.checkpoint import write_atomic
 
 
 def ledger(
@@ -27,17 +29,22 @@ def ledger(
     seed: int = 0,
     tell: Callable[..., None] = lambda event, **data: None,
 ) -> dict[str, Any]:
-    """{"ledger", "synergy"}: rows base (where there is one), every model by its name, merge."""
+    """{"ledger", "synergy"}: rows base (where there is one), every model by its name, merge. Also in OUT/ledger.json, with what
+    each row is."""
     spec = schema.Evaluation(suites=[suite(s) for s in suites], items=items, keep=False)
     rows: dict[str, Any] = {}
-    for name, place in [*([("base", base)] if base else []), *_named(models), ("merge", str(out))]:
+    places = [*([("base", base)] if base else []), *_named(models), ("merge", str(out))]
+    for k, (name, place) in enumerate(places):
         tell("phase", name="measure", text=name)
+        tell("note", text=f"{name}, {k + 1} of {len(places)}" + ("" if name == place else f": {place}"))
         model = subject(place)
         skills = skills_of(schema.Recipe(base=model.id, seed=seed, evaluation=spec), model)
         rows[name] = measured(skills, None, tell, name)
         model.reset()
     parents = [row for name, row in rows.items() if name not in ("base", "merge")]
-    return {"ledger": Ledger(rows).to_json(), "synergy": synergy(rows["merge"], parents)}
+    found = {"ledger": Ledger(rows).to_json(), "synergy": synergy(rows["merge"], parents)}
+    write_atomic(Path(out) / "ledger.json", json.dumps({"rows": dict(places), "items": items, "seed": seed, **found}, indent=1))
+    return found
 
 
 def _named(models: Sequence[str]) -> list[tuple[str, str]]:
