@@ -576,17 +576,13 @@ def test_sce_by_hand(density):
             x, border = x * (spread >= cut), (spread - cut).abs() <= 1e-6 * spread
         energy = x.square().flatten(1).mean(1)
         w = energy / energy.sum() if float(energy.sum()) > 0 else torch.full_like(energy, 1 / 3)
-        expected = torch.zeros_like(x[0]).flatten()
-        for i, column in enumerate(x.flatten(1).T):  # an entry at a time
-            sign = 1.0 if float(column.sum()) >= 0 else -1.0
-            agree = [j for j in range(3) if float(column[j]) * sign > 0]
-            if agree:
-                expected[i] = sum(float(w[j] * column[j]) for j in agree) / sum(float(w[j]) for j in agree)
-            if i == 2000:
-                break
-        at = slice(0, 2001)
-        off = (out[k].flatten()[at] - expected[at]).abs()
-        assert float(off[~border.flatten()[at]].max()) < 1e-6, k
+        columns, border, got = x.flatten(1).T, border.flatten(), out[k].flatten()
+        for i in torch.randint(len(columns), (200,)).tolist():  # an entry at a time
+            sign = 1.0 if float(columns[i].sum()) >= 0 else -1.0
+            agree = [j for j in range(3) if float(columns[i, j]) * sign > 0]
+            votes = sum(float(w[j]) for j in agree)
+            expected = sum(float(w[j] * columns[i, j]) for j in agree) / votes if agree else 0.0
+            assert bool(border[i]) or abs(float(got[i]) - expected) < 1e-6, (k, i)
         if density < 1:
             assert abs(int((out[k] != 0).sum()) - count) <= 2, k
 
@@ -671,14 +667,12 @@ def test_models_permuted_with_their_weights(spec):
     alike(weighed(spec, base, moved, w), weighed(spec, base, [moved[i] for i in order], [w[i] for i in order]))
 
 
-def test_every_part_that_takes_weights_normalised_is_listed():
+def test_every_part_that_normalises_weights_is_listed():
     listed = {name for spec, _ in NORMALISED for name in spec}
-    built = {name: parts.build({name: {"of": "a"}} if name in NEEDS_OF else name) for name in parts.names("merge")}
-    assert {n for n, p in built.items() if hasattr(p, "normalise")} <= listed
+    assert {name for name in parts.names("merge") if hasattr(parts.get(name), "normalise")} <= listed
 
 
 # what is no merge tensor by tensor has its tests in a file of its own
-NEEDS_OF = ("merge.graft",)
 ELSEWHERE = {
     "merge.graft": "test_merge_learned.py",
     "merge.norm_statistics": "test_soups.py",
