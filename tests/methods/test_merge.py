@@ -69,6 +69,9 @@ CASES = [
     Case("merge.lines", same=False),
     Case("merge.lines", {"of": {"merge.ties": {"density": 0.3}}, "alpha": 0.4, "beta": 0.5}, same=False),
     Case("merge.lines", {"of": "merge.karcher", "alpha": 0.4}, same=False, linear=False),
+    Case("merge.lines", {"of": {"merge.ties": {"density": 0.3}}, "alpha": None, "beta": 0.9}, same=False),
+    Case("merge.lines", {"of": {"merge.sparse_sum": {"density": 0.1}}, "alpha": None}, same=False),
+    Case("merge.lines", {"of": {"merge.linear": {"of": "weights"}}, "alpha": None}, linear=False),
     Case("merge.sparse_sum", {"density": 0.1}, same=False),
     Case("merge.sparse_sum", {"weights": [1, 1, -1]}, permutes=False, same=False),
     Case("merge.half_reset", {"share": 0.5}, n=1, same=False, linear=False),
@@ -690,3 +693,21 @@ def test_every_part_has_a_case():
     for name, file in ELSEWHERE.items():
         text = (Path(__file__).parent / file).read_text(encoding="utf-8")
         assert name in text, (name, file)
+
+
+def test_lines_takes_the_papers_alpha():
+    base, moved = fresh(3)
+    l1 = lambda d: sum(float(v.double().abs().sum()) for v in d.values())
+    total = l1({k: sum(d[k] for d in moved) for k in base})
+    for of in ("merge.task_arithmetic", {"merge.ties": {"density": 0.3}}, "merge.linear", "merge.karcher"):
+        inner = result(of if isinstance(of, dict) else {of: {}}, base, moved)
+        alpha = total / (3 * l1(inner))
+        assert alpha == pytest.approx({"merge.task_arithmetic": 1 / 3, "merge.linear": 1.0}.get(str(of), alpha), rel=1e-5)
+        out = result({"merge.lines": {"of": of, "alpha": None, "beta": 0.7}}, base, moved)
+        for k in base:
+            depth = float("layers.1" in k or k == "model.norm.weight")
+            assert torch.allclose(out[k], (alpha + 0.7 * depth) * inner[k], rtol=1e-4, atol=2e-6), (of, k)
+    nothing = result(
+        {"merge.lines": {"of": "merge.task_arithmetic", "alpha": None}}, base, [{k: 0 * v for k, v in base.items()}]
+    )
+    assert not any(bool(v.any()) for v in nothing.values())

@@ -15,7 +15,7 @@ from torch import Tensor
 from temperament.delta.change import Dense, wide
 from temperament.delta.delta import Addition, Delta, Lazy
 from temperament.delta.depth import depths
-from temperament.delta.merging import Block, Blockwise, Combine, Gather, Site, Total
+from temperament.delta.merging import Block, Blockwise, Combine, Gather, Made, Site, Total
 from temperament.delta.on_weight import Replace
 from temperament.delta.stream import Memory, Source, finite, open_source
 from temperament.delta.sweep import Buffers, cores, one_thread_each
@@ -163,6 +163,11 @@ class Engine:
                 pass_ = made.send(values)
             except StopIteration as done:
                 return done.value
+            if isinstance(pass_, Made):
+                other = Engine(pass_.method, self.inputs, self.threads)
+                found = other.made([replace(s, state=pass_.state) for s in sites], pass_.of)
+                values = [v for site in sites for v in found[site.name]]
+                continue
             found = self.collect(dict.fromkeys(sites, pass_))
             if isinstance(pass_, Gather):
                 values = [v for site in sites for v in found[site]]
@@ -197,9 +202,15 @@ class Engine:
 
     def run(self, sites: list[Site], put: Callable[[Block, Tensor], None]) -> None:
         """Every block of the result to `put`, in any order."""
+        self.made(sites, lambda out, b: put(b, out))
+
+    def made(self, sites: list[Site], of: Callable[[Tensor, Block], Any]) -> dict[str, list]:
+        """{name: values in block order} of every block of the result."""
+        found: dict[str, list] = {}
         for group in groups(sites):
             last = self.settled(group)
-            self.over(group, lambda b, last=last: put(b, last[b.site](b)))
+            found |= self.over(group, lambda b, last=last: of(last[b.site](b), b))
+        return found
 
 
 def groups(sites: Iterable[Site]) -> Iterator[list[Site]]:

@@ -134,6 +134,15 @@ class Total:
     of: Callable[[Block], list]
 
 
+@dataclass(frozen=True)
+class Made:
+    """A pass of a survey over what another method (its survey gave `state`) makes of the same models, gathered."""
+
+    method: Any
+    state: Any
+    of: Callable[[Tensor, Block], Any]  # of a block of the result
+
+
 Combine = Callable[[Block], Tensor]
 Plan = Combine | Generator[Gather | Total, Any, Combine]
 

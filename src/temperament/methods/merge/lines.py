@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from inspect import isgenerator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from temperament.delta import Delta
-from temperament.delta.merge_run import depth_in, in_memory
-from temperament.delta.merging import Blockwise, Site
+from temperament.delta.merge_run import depth_in, in_memory, tensors_of
+from temperament.delta.merging import Blockwise, Gather, Made, Site
 from temperament.parts import build, part
 from temperament.protocols import Merge
 
@@ -22,11 +25,12 @@ class LiNeS(Blockwise):
 
     alpha = 1, beta = 0 is no edit; alpha + beta = 1 leaves the last block as trained. A wrapper on any merge (`of`), or on one
     delta. As a dial, strength s scales alpha = s with beta = 1 - s. Depth is counted in each stack (encoder and decoder apart).
-    For N tasks the paper takes alpha = |sum_i delta_i|_1 / (N |merged|_1), which is 1/N for a plain sum, and tunes beta.
+    For N tasks the paper tunes beta and takes, over all tensors together, what `alpha: null` takes:
+        alpha = |sum_i delta_i|_1 / (N |merged|_1),    1/N for a plain sum, 1 for a mean
     Source: Wang et al. 2024, LiNeS (paper 021).
     """
 
-    alpha: float = 0.2  # factor of the first block
+    alpha: float | None = 0.2  # factor of the first block; null: the paper's, from the deltas and their merge
     beta: float | None = None  # what the last block has more; default 1 - alpha
     of: Merge | None = None  # the merge whose result is shaped; none: the one delta given, or the mean of several
 
@@ -44,18 +48,30 @@ class LiNeS(Blockwise):
     fewest = property(lambda self: self.inner.fewest)
     most = property(lambda self: self.inner.most)
 
-    @property
-    def rise(self) -> float:
-        return 1 - self.alpha if self.beta is None else self.beta
+    def rise(self, alpha: float) -> float:
+        return 1 - alpha if self.beta is None else self.beta
 
     def survey(self, sites: list[Site]) -> Any:
-        return self.inner.survey(sites)
+        made = self.inner.survey(sites)
+        return made if self.alpha is not None else self.measured(made)
+
+    def measured(self, made: Any):
+        """(what the survey of the inner merge gave, alpha)"""
+        state = (yield from made) if isgenerator(made) else made
+        change = (lambda v, b: v) if self.space == "difference" else (lambda v, b: v - b.base)
+        sums = yield Gather(lambda b: (len(b.x), size(sum(change(v, b) for v in b.x))))
+        sizes = yield Made(self.inner, state, lambda out, b: size(change(out, b)))
+        return state, ratio(sum(s for _, s in sums), sum(sizes), sums[0][0] if sums else 1)
 
     def plan(self, site: Site):
+        alpha = self.alpha
+        if alpha is None:
+            state, alpha = site.state
+            site = replace(site, state=state)
         combine = self.inner.plan(site)
         if isgenerator(combine):
             combine = yield from combine
-        factor = self.alpha + self.rise * site.depth
+        factor = alpha + self.rise(alpha) * site.depth
 
         def shaped(b):
             out = combine(b)
@@ -69,7 +85,18 @@ class LiNeS(Blockwise):
         if self.space != "difference":
             return in_memory(self, base, deltas)
         merged = deltas[0] if len(deltas) == 1 and self.of is None else self.inner.merge(base, deltas)
-        return self.shaped(merged, self.alpha, self.rise, depth_in(base, merged.names))
+        alpha = self.alpha if self.alpha is not None else self.found(base, deltas, merged)
+        return self.shaped(merged, alpha, self.rise(alpha), depth_in(base, merged.names))
+
+    def found(self, base: Any, deltas: Sequence[Delta], merged: Delta) -> float:
+        """The paper's alpha, a tensor at a time."""
+        source, total, own = tensors_of(base), 0.0, 0.0
+        for name in merged.changes:
+            weight = source.read(name)
+            change = lambda d, name=name, weight=weight: d.change(name).delta(weight)
+            total += size(sum(change(d) for d in deltas if name in d.changes))
+            own += size(change(merged))
+        return ratio(total, own, len(deltas))
 
     def scale_delta(self, delta: Delta, strength: float, places: Any = None) -> Delta:
         return self.shaped(delta, strength, 1 - strength, lambda name: places.depth_of(name).fraction)
@@ -79,3 +106,12 @@ class LiNeS(Blockwise):
         # a factor of 1 leaves the change itself, so that no edit is no rounding either
         changes = {name: delta.changes[name].scaled(factor[name]) for name in delta.changes}
         return replace(delta, changes=changes)
+
+
+def size(change: Tensor) -> float:
+    """|.|_1"""
+    return float(change.abs().sum(dtype=torch.float64))
+
+
+def ratio(total: float, merged: float, models: int) -> float:
+    return total / (models * merged) if merged else 1.0  # of no change nothing is left to shape
