@@ -40,8 +40,6 @@ def question(base: Any) -> dict[str, Tensor]:
         text = base.model.config.get_text_config()
         length = torch.arange(min(24, getattr(text, "max_position_embeddings", None) or 24))
         asked["input_ids"] = draws.randint(text.vocab_size, 0, "certificate", 0, rows[:, None], length[None])
-        if base.model.config.is_encoder_decoder:
-            asked["decoder_input_ids"] = asked["input_ids"]
     return asked
 
 
