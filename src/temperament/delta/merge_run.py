@@ -19,6 +19,7 @@ from temperament.delta.merging import Block, Blockwise, Combine, Gather, Made, S
 from temperament.delta.on_weight import Replace
 from temperament.delta.stream import Memory, Source, finite, open_source
 from temperament.delta.sweep import Buffers, cores, one_thread_each
+from temperament.delta.views import wide as wider
 from temperament.errors import UserError
 
 GROUP = 1 << 25  # elements whose passes follow each other: what a later pass reads again is still in the page cache
@@ -94,6 +95,15 @@ class Held(Inputs):
     def read(self, site, start, stop, buffers):
         x = [buffers(i, stop - start, v.dtype).copy_(v[start:stop]) for i, v in enumerate(self.x)]
         return Block(site, start, x, wide(self.weight.reshape(-1)[start:stop]))
+
+
+class Same(Blockwise):
+    """What nothing changes."""
+
+    space, needs_base, most = "weights", False, 1
+
+    def plan(self, site):
+        return lambda b: b.x[0]
 
 
 class Mean(Blockwise):
@@ -231,8 +241,23 @@ def surveyed(engine: Engine, shapes: Mapping[str, tuple[int, ...]], models: int,
     method = engine.method
     name = getattr(type(method), "part_name", "merge")
     sites = [Site(n, tuple(shape), models, depth_of(n), name, method.grain) for n, shape in shapes.items()]
-    state = engine.survey(sites)
-    return sites if state is None else [replace(site, state=state) for site in sites]
+    if method.survey(sites) is None:
+        return sites
+    state = engine.survey(changed(engine, sites) or sites)
+    return [replace(site, state=state) for site in sites]
+
+
+def changed(engine: Engine, sites: list[Site]) -> list[Site]:
+    """The sites at which some model is not the base: the same however models are given (a folder holds all tensors, an adapter
+    names the few it changes), so that what looks at all tensors together finds the same in all of them."""
+
+    def differs(b: Block) -> bool:
+        if engine.method.space == "difference":
+            return any(bool(v.any()) for v in b.x)
+        return b.base is None or any(not torch.equal(v, b.base) for v in b.x)
+
+    found = engine.collect(dict.fromkeys(sites, Gather(differs)))
+    return [site for site in sites if any(found[site])]
 
 
 def tensors_of(base: Any) -> Source:
@@ -240,7 +265,7 @@ def tensors_of(base: Any) -> Source:
     if hasattr(base, "originals") and hasattr(base, "parameters"):
         held = {name: base.originals.get(name, p.detach()) for name, p in base.parameters()}
         buffers = {name: base.originals.get(name, b.detach()) for name, b in base.buffers()}
-        return Memory(held | buffers, "the base")
+        return Memory(held | buffers, "the base", frozenset(buffers))
     return open_source(base)
 
 
@@ -254,6 +279,8 @@ def in_memory(method: Blockwise, base: Any, deltas: Sequence[Delta], threads: in
     method.check(len(deltas))
     source = tensors_of(base)
     names = sorted({n for d in deltas for n in d.changes})
+    if method.everywhere:
+        names = sorted({*names, *(n for n in source.names if not source.is_buffer(n))})
     for name, delta in ((n, d) for d in deltas if not isinstance(d.changes, Lazy) for n in d.changes):
         shape, known = delta.changes[name].weight_shape, source.entry(name).shape
         if shape is not None and shape != known:
@@ -317,6 +344,28 @@ def averaged_buffers(base: Source, deltas: Sequence[Delta]) -> dict[str, Replace
         mean = sum(wide(v) for v in values) / len(values) if weight.is_floating_point() else values[0]
         out[name] = Replace(mean.to(weight.dtype))
     return out
+
+
+def unrounded(base: Source) -> Source:
+    """A source whose tensors can hold a change exactly: in fp32 where it is stored in less."""
+    narrow = any(e.dtype.is_floating_point and e.dtype.itemsize < 4 for e in base.entries.values())
+    return wider(base) if narrow else base
+
+
+def settle(
+    method: Any, base: Source, deltas: Sequence[Delta], writer: Any, names: Iterable[str], threads: int | None = None
+) -> None:
+    """Changes of one base merged as `method.merge` does it, and written upon the base: what each of them is (its factors, the
+    tensors it names) means the same as in memory. Tensor by tensor; what none changes is copied block by block."""
+    exact = unrounded(base)
+    merged = method.merge(exact, [d.remap(lambda n: base.aliases.get(n, n)) for d in deltas])
+    touched = [n for n in names if n in merged.changes or n in merged.buffers]
+    for name in touched:
+        value, bare = merged.change(name).apply(exact.read(name)), name.split("/", 1)[1]
+        if not finite(value):
+            raise UserError(f"values of {bare}", "not all finite", "the base or a change is damaged or far too large")
+        writer.write(bare, value.to(writer.entry(bare).dtype))
+    stream(Same(), [base], None, writer, sorted({*names} - {*touched}), None, threads)
 
 
 def stream(

@@ -153,13 +153,15 @@ class Blockwise:
     space = "difference"  # or "weights"
     grain = "element"  # or "row", "tensor": what a block never cuts
     needs_base = True  # False: the models alone are enough
+    everywhere = False  # True: it changes also what all models left as it was (it scales weights)
     fewest, most = 1, None  # models
 
     def plan(self, site: Site) -> Plan:
         raise NotImplementedError
 
     def survey(self, sites: list[Site]) -> Generator | Any:
-        """Passes over all tensors together; what it returns is `site.state`."""
+        """Passes over all tensors together, of which it is given those that some model changed; what it returns is
+        `site.state`."""
         return None
 
     def shares(self, models: int) -> list[float]:

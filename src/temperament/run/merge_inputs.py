@@ -39,6 +39,15 @@ class Input:
         path = self.folder / "config.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    def change_of(self, base: Input) -> Delta | None:
+        """What it changes in `base`; None where it is no change, or one of another base."""
+        return self.delta if self.base is not None and same_place(self.base, base.spec) else None
+
+
+def same_place(one: str, other: str) -> bool:
+    """Do two names mean one folder or id?"""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
 
 def named_base(spec: str) -> str | None:
     """The base that a run, an adapter or a delta says it was made on."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from temperament.delta import Delta
 from temperament.delta.depth import block_of, depths
-from temperament.delta.merge_run import stream
+from temperament.delta.merge_run import settle, stream
 from temperament.delta.stream import Source
 from temperament.delta.tensorfile import Entry
 from temperament.delta.views import View
@@ -31,6 +32,7 @@ class Job:
     base: Source | None
     names: tuple[str, ...]
     depth: Callable[[str], float] | None = None
+    deltas: tuple[Delta, ...] | None = None  # the models as changes of the base, where all of them are
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Plan:
 
     def carry_out(self, writer: Any, threads: int | None = None) -> None:
         for job in self.jobs:
+            if job.deltas is not None:
+                settle(job.method, job.base, job.deltas, writer, job.names, threads)
+                continue
             stream(job.method, job.models, job.base if job.method.needs_base else None, writer, job.names, job.depth, threads)
 
     def check(self) -> Plan:
@@ -136,7 +141,11 @@ def simple(method: Any, models: list[Input], base: Input | None, dtype: torch.dt
     like = View(first.source, {n: n for n in names})
     like.aliases = dict(first.source.aliases)
     sources = tuple(aligned(m.source, like, m.config) for m in models)
-    job = Job(method, sources, None if base is None else like, tuple(names), depths(names))
+    deltas = None if base is None else [m.change_of(base) for m in models]
+    whole = deltas is None or any(d is None for d in deltas)
+    job = Job(
+        method, sources, None if base is None else like, tuple(names), depths(names), None if whole else tuple(deltas)
+    )
     config = first.config
     inputs = tuple([*([base] if base else []), *models])
     spec = base.spec if base else None

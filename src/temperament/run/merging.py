@@ -25,6 +25,7 @@ from temperament import parts
 from temperament.bases.load import DTYPES
 from temperament.delta.certificate import certify
 from temperament.delta.files import atomic_folder, write_json
+from temperament.delta.merge_run import unrounded
 from temperament.delta.tensorfile import Entry, Writer
 from temperament.errors import UserError, WorkFailed, nearest
 from temperament.nn import draws
@@ -137,15 +138,10 @@ def _as_delta(plan: Plan, out: str | Path, as_: str) -> dict[str, Any]:
     job = plan.jobs[0]
     if job.base is None or len(plan.jobs) > 1:
         raise UserError("--as", as_, "a merge without a base, or of layer slices, is no change of one; use merged")
-    under, models = plan.inputs[0], plan.inputs[1:]
-    base = load(under.spec, field="--base", own=True)
-    component = next(iter(base.components))
-    deltas = []
-    for model in models:
-        if model.delta is not None:
-            deltas.append(model.delta.remap(lambda name: f"{component}/{name.split('/', 1)[1]}"))
-        else:
-            deltas.append(between(base.folder or base.model, model.folder, lazy=True, component=component, identify=False))
+    base = load(plan.base, field="--base", own=True)
+    component, under = next(iter(base.components)), unrounded(job.base)
+    deltas = job.deltas or [between(under, source, lazy=True, identify=False) for source in job.models]
+    deltas = [delta.remap(lambda name: f"{component}/{name.split('/', 1)[1]}") for delta in deltas]
     merged = job.method.merge(base, deltas)
     if as_ == "adapter":  # a sum of low-rank changes is one of their ranks together
         low = {name: as_low_rank(change) for name, change in merged.baked().changes.items()}

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from temperament.delta import CodedLowRank, Delta, Dense, LowRank, Rice
+from temperament.delta import CodedLowRank, Delta, Dense, Lazy, LowRank, Rice
 from temperament.delta.merge_run import Engine, Held, surveyed, tensors_of
 from temperament.delta.merging import Block, Blockwise, Gather, Site
 from temperament.delta.selection import keep_from, kth_largest
-from temperament.delta.stream import Memory
+from temperament.delta.stream import Memory, Source
 from temperament.parts import part
 
 
@@ -61,25 +62,33 @@ class ComPEFT(Blockwise):
         self.check(len(deltas))
         (delta,) = deltas
         source, delta = tensors_of(base), delta.baked()
-        tensors = {}
-        for name in sorted(delta.changes):
-            change = delta.changes[name]
-            if isinstance(change, LowRank):
-                tensors |= {f"{name}:A": change.A, f"{name}:B": change.B}
-            else:
-                tensors[name] = change.delta(source.read(name) if change.needs_weight else None)
+        tensors = _tensors(delta, source)
         zero = Memory({n: torch.zeros(1).expand(t.shape) for n, t in tensors.items()})
-        engine = Engine(self, Held([Delta({n: Dense(t) for n, t in tensors.items()})], zero, "difference"))
-        sites = surveyed(engine, {n: t.shape for n, t in tensors.items()}, 1, lambda name: 0.0)
+        changes = Lazy(tensors, lambda n: Dense(tensors[n]))
+        engine = Engine(self, Held([Delta(changes)], zero, "difference"))
+        sites = surveyed(engine, {n: e.shape for n, e in zero.entries.items()}, 1, lambda name: 0.0)
         cut, size = sites[0].state if sites else (0.0, 0.0)
 
         def packed(name: str) -> Rice:
-            return Rice.pack(keep_from(tensors[name].float().clone().view(-1), cut).view(tensors[name].shape), size)
+            tensor = tensors[name]
+            return Rice.pack(keep_from(tensor.float().clone().view(-1), cut).view(tensor.shape), size)
 
         def made(name: str):
-            change = delta.changes[name]
-            if not isinstance(change, LowRank):
+            if name in tensors:
                 return packed(name)
+            change = delta.changes[name]
             return CodedLowRank(packed(f"{name}:A"), packed(f"{name}:B"), change.layout, scale=change.scale)
 
         return replace(delta, changes={name: made(name) for name in sorted(delta.changes)})
+
+
+def _tensors(delta: Delta, source: Source) -> Mapping[str, torch.Tensor]:
+    """What is compressed: the factors of a change of low rank (name:A, name:B), the difference of any other; made when asked
+    for."""
+    made = {}
+    for name in sorted(delta.changes):
+        if isinstance(delta.changes[name], LowRank):
+            made |= {f"{name}:{factor}": partial(lambda n, f: getattr(delta.changes[n], f), name, factor) for factor in "AB"}
+        else:
+            made[name] = partial(lambda n: delta.changes[n].delta(source.read(n)), name)
+    return Lazy(made, lambda n: made[n]())

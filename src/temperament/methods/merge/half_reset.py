@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from temperament.delta import Delta
 from temperament.delta.depth import block_of
+from temperament.delta.merge_run import Engine, Held, surveyed, tensors_of
 from temperament.delta.merging import Blockwise, Site
 from temperament.nn import draws
 from temperament.parts import part
@@ -22,7 +23,7 @@ class HalfReset(Blockwise):
         W = base  for a random `share` of the tensors of each category (attention, MLP, norm), W = tuned  for the rest
 
     Knowledge returns with the reset half while what was learned mostly stays. Share 0 is the tuned model, 1 the base. What
-    lies outside the blocks (embeddings, head) keeps its change. Source: Hui et al. 2024, Half Fine-Tuning (paper 012), its
+    lies outside the blocks (embeddings, head) keeps its change; tensors that were not tuned are not counted. Source: Hui et al. 2024, Half Fine-Tuning (paper 012), its
     pilot.
     """
 
@@ -45,7 +46,10 @@ class HalfReset(Blockwise):
 
     def merge(self, base: Any, deltas: Sequence[Delta]) -> Delta:
         self.check(len(deltas))
-        chosen = self.chosen(sorted(deltas[0].changes))
+        source, delta = tensors_of(base), deltas[0]
+        shapes = {n: source.entry(n).shape for n in sorted(delta.changes) if source.entry(n).dtype.is_floating_point}
+        sites = surveyed(Engine(self, Held([delta], source, self.space)), shapes, 1, lambda name: 0.0)
+        chosen = sites[0].state if sites else ()
         return deltas[0].restrict(lambda name: name not in chosen)
 
     def chosen(self, names: list[str]) -> frozenset[str]:

@@ -40,6 +40,10 @@ class Linear(Blockwise):
     def needs_base(self):
         return self.of == "changes"
 
+    @property
+    def everywhere(self):
+        return self.of == "weights" and not (self.normalise and self.scale == 1)
+
     def plan(self, site: Site):
         w = self.coefficients(site)
         return lambda b: weighted_sum(b.x, w)

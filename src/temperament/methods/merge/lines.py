@@ -45,6 +45,7 @@ class LiNeS(Blockwise):
 
     space = property(lambda self: self.inner.space)
     grain = property(lambda self: self.inner.grain)
+    everywhere = property(lambda self: self.inner.everywhere)
     fewest = property(lambda self: self.inner.fewest)
     most = property(lambda self: self.inner.most)
 

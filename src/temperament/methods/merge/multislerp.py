@@ -39,6 +39,10 @@ class MultiSlerp(Blockwise):
     def needs_base(self):
         return self.about == "base"
 
+    @property
+    def everywhere(self):
+        return self.about == "zero" and not self.normalise
+
     def plan(self, site: Site):
         w = site.parts_of_one(self.weights) if self.normalise else site.each(self.weights, "weights")
         if len(w) == 1:

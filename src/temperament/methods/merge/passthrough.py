@@ -21,6 +21,10 @@ class Passthrough(Blockwise):
 
     scale: Setting = 1.0  # factor of the weights; may follow depth and name
 
+    @property
+    def everywhere(self):
+        return self.scale != 1
+
     def plan(self, site: Site):
         scale = site.one(self.scale, "scale")
         return lambda b: b.x[0] if scale == 1 else b.x[0].mul_(scale)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from temperament.delta import Delta, Dense, Sparse
+from temperament.delta import Delta, Dense, Lazy, Sparse
 from temperament.delta.merge_run import in_memory
 from temperament.delta.merging import Blockwise, Site
 from temperament.delta.selection import keep_from, kth_largest
@@ -20,7 +20,7 @@ from temperament.parts import part
 class SparseSum(Blockwise):
     """Sparse changes of one base added: theta_0 + sum_i w_i phi_i; each phi kept to its K largest entries over all tensors.
 
-        K = density * (entries of all tensors);  density 1 keeps what there is (a lottery ticket is sparse already)
+        K = density * (entries of all tensors that some model changed);  density 1 keeps what there is (a lottery ticket)
 
     Changes that hardly share entries do not disturb each other: a language and a task, say. What is left stays sparse, in
     memory and on disk; entries equal to the K-th are all kept. Source: Ansell et al. 2022, Composable Sparse Fine-Tuning
@@ -56,9 +56,12 @@ class SparseSum(Blockwise):
             if d.additions:
                 raise UserError("addition", min(d.additions), "a sparse sum is of changes to base tensors; restrict the delta")
         merged = in_memory(self, base, deltas)
-        changes = {}
-        for name in merged.changes:
+
+        def stored(name: str):
             change = merged.changes[name]
             few = isinstance(change, Dense) and int(torch.count_nonzero(change.d)) * 2 < change.d.numel()
-            changes[name] = Sparse.of(change.d) if few else change
+            return Sparse.of(change.d) if few else change
+
+        changes = Lazy(merged.changes, stored)
+        changes = changes if isinstance(merged.changes, Lazy) else dict(changes)
         return Delta(changes, {}, merged.buffers, merged.base)
