@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from temperament import parts
 from temperament.delta import Delta, Dense, LowRank, between, identity, write_peft
-from temperament.errors import UserError
+from temperament.errors import UserError, WorkFailed
 from temperament.run.merging import merge, planned
 
 WORDS = ["<unk>", "</s>", *(f"w{i}" for i in range(46))]
@@ -212,6 +212,75 @@ def test_refusals_before_anything_is_written(lab, tmp_path):
         with pytest.raises(UserError, match=message):
             call()
         assert not out.exists() and not list(tmp_path.glob(".never*")), message
+
+
+def architectures():
+    import transformers as t
+
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    pictures, words = small | dict(image_size=16, patch_size=4), small | dict(vocab_size=64, max_position_embeddings=12)
+    return {
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        ),
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**pictures, num_labels=5)),
+        "clip": lambda: t.CLIPModel(
+            t.CLIPConfig(text_config=words | {"eos_token_id": 2}, vision_config=pictures, projection_dim=8)
+        ),
+        "resnet": lambda: t.ResNetForImageClassification(
+            t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=4)),
+        "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**words)),
+        "policy": lambda: None,
+    }
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit", "clip", "resnet", "gpt2", "bert", "policy"])
+def test_every_kind_of_model_is_asked_what_it_takes(kind, tmp_path, monkeypatch):
+    """Pictures, captions, what a decoder said before, no more tokens than there are positions; else the tensors alone."""
+    from temperament.bases.probe import Answer
+    from temperament.run import merge_certificate
+
+    def reread(folder, inputs, expected, **how):
+        base = merge_certificate.load(folder)
+        with torch.no_grad():
+            assert torch.equal(Answer(base)(**inputs), expected) and bool(expected.std() > 0)
+        return {"passed": True}
+
+    monkeypatch.setattr(merge_certificate, "certify", reread)
+    if kind == "policy":
+        done = merge(["lab/policy", "lab/policy"], tmp_path / "out", base="lab/policy")
+        assert done["certificate"]["compared"] == "tensors" and "kind" in done["certificate"]["why"]
+        return
+    for i in range(3):
+        torch.manual_seed(0)
+        model = architectures()[kind]()
+        for p in model.parameters():
+            p.data += 0.02 * i * torch.randn(p.shape)
+        model.save_pretrained(tmp_path / str(i))
+    models = [str(tmp_path / str(i)) for i in range(3)]
+    done = merge(models[1:], tmp_path / "out", base=models[0], method={"merge.ties": {"density": 0.5}})
+    assert done["certificate"]["compared"] == "outputs"
+    assert weights(tmp_path / "out").keys() == weights(models[0]).keys()
+
+
+def test_what_is_written_is_looked_at_tensor_by_tensor(lab, tmp_path):
+    _, (base, a, *_) = lab
+    plan = planned([str(a)], base=str(base))
+    merge([str(a)], tmp_path / "out", base=str(base), certificate=False)
+    state = weights(tmp_path / "out")
+    state["model.norm.weight"][3] += 1e-3
+    save_file(state, tmp_path / "out/model.safetensors", {"format": "pt"})
+    from temperament.run.merging import certified
+
+    with pytest.raises(WorkFailed, match=r"model\.norm\.weight is not that of the merge"):
+        certified(plan, tmp_path / "out")
+
+
+def test_pipelines_are_refused_by_what_they_are(tmp_path):
+    with pytest.raises(UserError, match="a pipeline of diffusers"):
+        merge(["lab/unet"], tmp_path / "out", base="lab/unet")
 
 
 def test_memory_does_not_grow_with_the_models(tmp_path):

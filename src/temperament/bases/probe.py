@@ -31,16 +31,26 @@ def question(base: Any) -> dict[str, Tensor]:
         asked["x"] = draws.normal(0, "certificate", 0, rows, denoiser.shape)
         return asked | {"t": denoiser.process.times(torch.tensor([0.3, 0.7]))}
     if see.names_pictures(base):
-        asked["pixel_values"] = draws.normal(0, "certificate", 0, rows, (3, *size_of(base)))
+        asked["pixel_values"] = draws.normal(0, "certificate", 0, rows, (3, *_side(base)))
     speaks = base.tokenizer is not None or hasattr(getattr(base.model, "config", None), "vocab_size")
     if not speaks and not asked:
         mend = "it can not be reloaded and compared; the change itself lies in the run's folder delta/"
         raise UserError("run", base.id, mend)
-    if base.tokenizer is not None or not asked:
+    if base.tokenizer is not None or not asked or see.dual(base):
         text = base.model.config.get_text_config()
         length = torch.arange(min(24, getattr(text, "max_position_embeddings", None) or 24))
         asked["input_ids"] = draws.randint(text.vocab_size, 0, "certificate", 0, rows[:, None], length[None])
+        if getattr(base.model.config, "is_encoder_decoder", False):
+            asked["decoder_input_ids"] = asked["input_ids"].flip(1)[:, :8]
     return asked
+
+
+def _side(base: Any) -> tuple[int, int]:
+    """(H, W) of its pictures; of a net of convolutions that does not say, what all of them take."""
+    try:
+        return size_of(base)
+    except UserError:
+        return 64, 64
 
 
 class Answer(nn.Module):

@@ -120,6 +120,8 @@ def certified(certificate: dict[str, Any], path: Any, say: Say) -> None:
     how = "reloaded in a fresh process and compared with the live model"
     if certificate.get("max_difference") is not None:
         how += f": largest difference of a logit {certificate['max_difference']:.1e}"
+    if certificate.get("compared") == "tensors":
+        how = f"read again from disk and compared tensor by tensor, not by its outputs: {certificate['why']}"
     kept = certificate.get("rounding")
     if kept and kept["max_difference"]:
         how += f"; stored as {certificate['dtype']}, which moves a logit by at most {kept['max_difference']:.1e}"

@@ -12,6 +12,7 @@ import torch
 
 from temperament.bases.kept import kept
 from temperament.bases.load import locate
+from temperament.bases.pipeline import is_pipeline
 from temperament.delta import Delta, identity, open_source
 from temperament.delta.peft_format import is_peft, read_peft
 from temperament.delta.stream import Checkpoint, Source
@@ -64,6 +65,9 @@ def open_input(spec: str | Path, base: Input | None = None, field: str = "model"
         under = open_input(model, field=field)
         return _on(under, Path(adapter), spec)
     folder = locate(spec, field) or _hub(spec, field)
+    if is_pipeline(folder):
+        mend = "it is a pipeline of diffusers; tune on it in a recipe and merge its steps there, in a merge step"
+        raise UserError(field, spec, mend)
     found = kept(folder, field)
     if found is not None and spec.startswith("lab/"):  # a base of its own, kept as what differs from another
         made = _on(open_input(found.named(field, spec), field=field), folder, spec)

@@ -19,8 +19,8 @@ from temperament.errors import UserError
 from temperament.run.merge_inputs import Input
 from temperament.run.vocabulary import is_vocabulary
 
-# tensors some programs save and none reads
-_IGNORED = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias")
+# tensors some programs save and none reads (the masks of GPT-2's attention; its c_attn.bias is a weight)
+_IGNORED = ("rotary_emb.inv_freq", "position_ids", ".attn.masked_bias", ".attn.bias")
 
 
 @dataclass(frozen=True)

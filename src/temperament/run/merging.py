@@ -10,7 +10,6 @@ was written is loaded again in a fresh process and compared with the model compu
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,19 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from temperament import parts
 from temperament.bases.load import DTYPES
-from temperament.delta.certificate import certify
 from temperament.delta.files import atomic_folder, write_json
 from temperament.delta.merge_run import unrounded
-from temperament.delta.tensorfile import Entry, Writer
-from temperament.errors import UserError, WorkFailed, nearest
-from temperament.nn import draws
+from temperament.delta.tensorfile import Writer
+from temperament.errors import UserError, nearest
 from temperament.protocols import Merge
 from temperament.run import mergekit_yaml
+from temperament.run.merge_certificate import certified
 from temperament.run.merge_inputs import Input, named_base, open_input
 from temperament.run.merge_plan import Plan, simple
 
@@ -198,62 +193,6 @@ def card(plan: Plan) -> str:
     return (
         f"---\n{front}\n---\n\nA merge made with temperament.\n\n{listed}\n\n**{part}**: {summary}\n\n```yaml\n{shown}\n```\n"
     )
-
-
-# ---- the certificate -----------------------------------------------------------------------------------------------
-
-
-class Held:
-    """A writer that keeps what it is given: the same merge, in memory, for the certificate."""
-
-    def __init__(self, table: Mapping[str, Entry]):
-        self.table = table
-        self.tensors: dict[str, Tensor] = {n: torch.empty(e.shape, dtype=e.dtype) for n, e in table.items()}
-
-    def entry(self, name: str) -> Entry:
-        return self.table[name]
-
-    def block(self, name: str, start: int, tensor: Tensor) -> None:
-        self.tensors[name].view(-1)[start : start + tensor.numel()] = tensor
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name].copy_(tensor)
-
-
-def certified(plan: Plan, folder: Path, threads: int | None = None) -> dict[str, Any]:
-    """The files loaded in a fresh process against the model computed here, from the plan alone."""
-    import transformers
-
-    from temperament.bases.load import _model_class
-
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    kind, _ = _model_class(config, transformers)
-    held = Held(plan.table())
-    plan.carry_out(held, threads)
-    dtype = next((e.dtype for e in plan.table().values() if e.dtype.is_floating_point), torch.float32)
-    live = kind.from_config(config, dtype=dtype).eval()
-    found = live.load_state_dict(held.tensors, strict=False)
-    live.tie_weights()
-    tied = {n for n in getattr(live, "_tied_weights_keys", None) or ()}
-    missing = [n for n in found.missing_keys if n not in tied and not config.tie_word_embeddings]
-    if missing or found.unexpected_keys:
-        odd = (missing or found.unexpected_keys)[0]
-        raise WorkFailed(f"{folder} was written, but its config describes a model with other tensors ({odd}); do not use it.")
-    rows = config.get_text_config().vocab_size
-    inputs = {"input_ids": draws.randint(rows, 0, "certificate", 0, torch.arange(2)[:, None], torch.arange(24)[None])}
-    with torch.no_grad():
-        expected = live(**inputs).logits
-    tokenizer = plan.tokenizer
-    if tokenizer is None and any(folder.glob("tokenizer*")):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(plan.folder, local_files_only=True)
-    certificate = certify(folder, inputs, expected, live=live, processor=tokenizer, model_class=kind.__name__)
-    (folder / "certificate.json").write_text(json.dumps(certificate, indent=1), encoding="utf-8")
-    if not certificate["passed"]:
-        why = ", ".join(certificate["failures"])
-        raise WorkFailed(
-            f"{folder} was written, but loaded in a fresh process it differs from the merge ({why}); do not use it."
-        )
-    return certificate
 
 
 __all__ = ["Input", "card", "certified", "merge", "planned"]

@@ -23,8 +23,8 @@ class HalfReset(Blockwise):
         W = base  for a random `share` of the tensors of each category (attention, MLP, norm), W = tuned  for the rest
 
     Knowledge returns with the reset half while what was learned mostly stays. Share 0 is the tuned model, 1 the base. What
-    lies outside the blocks (embeddings, head) keeps its change; tensors that were not tuned are not counted. Source: Hui et al. 2024, Half Fine-Tuning (paper 012), its
-    pilot.
+    lies outside the blocks (embeddings, head) keeps its change; tensors that were not tuned are not counted. Source: Hui et
+    al. 2024, Half Fine-Tuning (paper 012), its pilot.
     """
 
     space = "weights"
