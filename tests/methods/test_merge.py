@@ -771,3 +771,18 @@ def test_lines_takes_the_papers_alpha():
         {"merge.lines": {"of": "merge.task_arithmetic", "alpha": None}}, base, [{k: 0 * v for k, v in base.items()}]
     )
     assert not any(bool(v.any()) for v in nothing.values())
+
+
+@pytest.mark.parametrize("away", [0.0, 1e-7, 1e-5, 5e-4, 2e-3, 0.1])
+def test_karcher_of_opposite_models_is_on_the_sphere(away):
+    """Opposite, no arc is the shortest: it stays with the first. Nearly opposite, the result has the length it must have."""
+    W = torch.randn(40, 30, dtype=torch.float64)
+    side = torch.randn(40, 30, dtype=torch.float64)
+    side -= (side * W).sum() / (W * W).sum() * W
+    other = -math.cos(away) * W + math.sin(away) * side / side.norm() * W.norm()
+    tensors = [{"w": v.float()} for v in (W, other)]
+    deltas = [Delta({"lm/w": Dense(t["w"])}) for t in tensors]
+    got = parts.build("merge.karcher").merge({"w": torch.zeros(40, 30)}, deltas).apply({"lm/w": torch.zeros(40, 30)})["lm/w"]
+    assert math.isclose(float(got.norm()), float(W.norm()), rel_tol=1e-3)
+    if away < 1e-3:
+        assert torch.allclose(got.double(), W, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,8 @@ from temperament.delta.merging import Blockwise, Gather, Site
 from temperament.methods.merge._kernels import gram, weighted_sum
 from temperament.parts import part
 
+OPPOSITE = 1e-3  # radian from pi: nearer, the direction of an arc is noise
+
 
 @part("merge.karcher", papers=["166"])
 @dataclass(frozen=True)
@@ -19,8 +21,10 @@ class Karcher(Blockwise):
         u_i = W_i / |W_i|;   m minimises sum_i w_i angle(m, u_i)^2;   W = (sum_i w_i |W_i|) m
         m <- cos|v| m + sin|v| v / |v|,   v = sum_i w_i (a_i / sin a_i) (u_i - cos a_i m),  a_i = angle(m, u_i)
 
-    All steps stay in the span of the models: they are taken on the inner products, in fp64, and cost nothing. For two models
-    of equal weight it is SLERP's midpoint direction. Source: Karcher 1977; paper 166 for merging.
+    Between models that point exactly opposite (to 1e-3 radian) no arc is the shortest: such a model does not pull, and a mean
+    whose directions cancel begins at the first model. All steps stay in the span of the models: they are taken on the inner
+    products, in fp64, and cost nothing. For two models of equal weight it is SLERP's midpoint direction. Source: Karcher 1977;
+    paper 166 for merging.
     """
 
     space = "weights"
@@ -45,14 +49,15 @@ class Karcher(Blockwise):
         G = G * inverse[:, None] * inverse  # of the unit vectors
         norm = lambda c: math.sqrt(max(float(c @ G @ c), 0.0))
         m = share.clone()
-        if norm(m) < self.tolerance:
+        if norm(m) < max(self.tolerance, OPPOSITE):
             m = torch.zeros_like(w)
             m[int(live.nonzero()[0])] = 1.0
         m = m / norm(m)
         for _ in range(self.steps):
             dots = (G @ m).clamp(-1, 1)
             angles = dots.acos()
-            pull = torch.where(live & (angles >= self.tolerance), share * angles / angles.sin().clamp_min(1e-300), 0.0)
+            drawn = live & (angles >= self.tolerance) & (angles <= math.pi - OPPOSITE)
+            pull = torch.where(drawn, share * angles / angles.sin().clamp_min(1e-300), 0.0)
             v = pull - (pull * dots).sum() * m
             length = norm(v)
             if length < self.tolerance:
