@@ -16,6 +16,7 @@ from temperament.delta.stream import Source
 from temperament.delta.tensorfile import Entry
 from temperament.delta.views import View
 from temperament.errors import UserError
+from temperament.run.merge_alike import alike
 from temperament.run.merge_inputs import Input
 from temperament.run.vocabulary import is_vocabulary
 
@@ -70,7 +71,7 @@ class Plan:
             stream(job.method, job.models, job.base if job.method.needs_base else None, writer, job.names, job.depth, threads)
 
     def check(self) -> Plan:
-        """Every number that can be known from headers: which tensors, shapes, vocabularies, how many models."""
+        """All that can be known from headers, configs and tokenizers: which tensors, shapes, how they are read, how many."""
         for job in self.jobs:
             job.method.check(len(job.models))
             sources = [s for s in (job.base, *job.models) if s is not None]
@@ -80,6 +81,7 @@ class Plan:
             for name in job.names:
                 for source in sources[1:]:
                     _same(name, sources[0], source)
+        alike(self.inputs, vocabulary=self.tokenizer is None)
         return self
 
 
