@@ -1,6 +1,7 @@
 """`temper merge` on folders, adapters and runs: what is written is what was asked, and what cannot be is one sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,118 @@ def test_what_is_written_is_looked_at_tensor_by_tensor(lab, tmp_path):
 def test_pipelines_are_refused_by_what_they_are(tmp_path):
     with pytest.raises(UserError, match="a pipeline of diffusers"):
         merge(["lab/unet"], tmp_path / "out", base="lab/unet")
+
+
+def copied(folder, to, **config):
+    shutil.copytree(folder, to)
+    told = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(told | config))
+    return to
+
+
+def test_models_of_equal_shapes_that_read_them_differently(lab, tmp_path):
+    _, (_, a, b, _) = lab
+    out = tmp_path / "never"
+    cut = copied(b, tmp_path / "cut", num_attention_heads=4, head_dim=4)
+    turned = copied(b, tmp_path / "turned", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    far = copied(b, tmp_path / "far", rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0})
+    older = copied(b, tmp_path / "older", rope_parameters=None, rope_theta=5e5)
+    other = copied(b, tmp_path / "other", model_type="mistral")
+    eyes = lambda heads: {"vision_config": {"num_attention_heads": heads}}
+    inner, inside = copied(a, tmp_path / "inner", **eyes(3)), copied(b, tmp_path / "inside", **eyes(6))
+    for one, model, message in [
+        (a, cut, "num_attention_heads of .*cut is 4: .* has 2"),
+        (a, turned, "rope_theta of .*turned is 500000.0: .* has 10000.0"),
+        (a, far, "rope_type of .*far is 'linear': .* has 'default'"),
+        (a, older, "rope_theta of .*older is 500000.0"),
+        (a, other, "model_type of .*other is 'mistral': .* has 'llama'"),
+        (inner, inside, r"vision_config\.num_attention_heads of .*inside is 6: .* has 3"),
+    ]:
+        document = {"merge_method": "linear", "models": [{"model": str(one)}, {"model": str(model)}]}
+        for asked, how in (([str(one), str(model)], {"method": "merge.karcher"}), (document, {})):
+            with pytest.raises(UserError, match=message):
+                merge(asked, out, **how)
+        assert not out.exists()
+    planned([str(a), str(copied(b, tmp_path / "same", rope_parameters=None, rope_theta=10000))], "merge.karcher")
+
+
+def test_one_number_a_token(lab, tmp_path):
+    """Equal sizes do not tell; a source of the tokens does. A token that was added where the other has a spare row is none."""
+    _, (_, a, b, _) = lab
+    turned, other, grown = (copied(b, tmp_path / name) for name in ("turned", "other", "grown"))
+    for folder, words in ((turned, WORDS[:2] + WORDS[:1:-1]), (other, WORDS[:2] + [f"v{i}" for i in range(46)])):
+        tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(words)}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    with pytest.raises(UserError, match=r"vocabulary of .*turned: number of token 'w0' is 47: .*/a has 2"):
+        planned([str(a), str(turned)], "merge.karcher")
+    with pytest.raises(UserError, match=r"vocabulary of .*other: token 2 is 'v0': .*/a has 'w0'"):
+        planned([str(a), str(other)], "merge.karcher")
+    document = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (a, turned)]}
+    with pytest.raises(UserError, match="tokenizer_source"):
+        planned(document)
+    planned(document | {"tokenizer_source": "union"})
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(grown)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(grown)
+    planned([str(a), str(grown)], "merge.karcher")
+
+
+@pytest.mark.parametrize("as_", ["merged", "adapter", "delta"])
+def test_an_adapter_that_is_not_finite(lab, tmp_path, as_):
+    _, (base, *_) = lab
+    for i in range(2):
+        adapter(base, tmp_path / f"l{i}", i)
+    file = tmp_path / "l0/adapter_model.safetensors"
+    state = load_file(file)
+    broken = sorted(state)[0]
+    state[broken][0, 0] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    (tmp_path / "l0/delta.json").unlink()
+    name = broken.removeprefix("base_model.model.").split(".lora")[0]
+    with pytest.raises(UserError, match=f"a tensor of .*l0 is '{name}.weight': not all of its A is finite"):
+        merge([str(tmp_path / "l0"), str(tmp_path / "l1")], tmp_path / "out", as_=as_)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base(lab, tmp_path):
+    """Tensors say who a base is where both are here, names where both are of the hub; what lies elsewhere says nothing."""
+    _, (base, a, *_) = lab
+    adapter(base, tmp_path / "l", 0)
+    (tmp_path / "l/delta.json").unlink()
+    with pytest.raises(UserError, match=r"the base of .*/l is .*/a': it was made on .*/base; name that .*or merge"):
+        planned([str(tmp_path / "l")], base=str(a))
+    planned([str(tmp_path / "l")], base=str(shutil.copytree(base, tmp_path / "copy")))
+    planned([f"{a}+{tmp_path / 'l'}"], base=str(a))  # said in so many words
+    config = json.loads((tmp_path / "l/adapter_config.json").read_text())
+    for named in ("/elsewhere/base", "org/other"):
+        (tmp_path / "l/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        planned([str(tmp_path / "l")], base=str(a))
+
+
+def test_the_mean_needs_no_base(lab, tmp_path):
+    _, (_, a, b, _) = lab
+    done = merge([str(a), str(b)], tmp_path / "mean", certificate=False)
+    assert done["base"] is None and done["method"]["merge.linear"]["of"] == "weights"
+    for k, v in weights(tmp_path / "mean").items():
+        assert torch.allclose(v, (weights(a)[k] + weights(b)[k]) / 2, atol=1e-7), k
+    with pytest.raises(UserError, match="this method needs it"):
+        planned([str(a), str(b)], {"merge.linear": {"normalise": False}})
+    with pytest.raises(UserError, match=r"model is '.*nowhere': no such folder"):
+        planned([str(a), str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"model is '.*nowhere': no such folder"):
+        planned([str(a), str(tmp_path / "nowhere")], "merge.ties")
+
+
+@pytest.mark.parametrize("method", [{"merge.compeft": {"density": 0.2}}, {"merge.half_reset": {"share": 0.5}},
+                                    {"merge.passthrough": {"scale": 0.9}}, {"merge.sparse_sum": {"density": 0.3}}])  # fmt: skip
+def test_one_merge_in_whatever_form_it_is_kept(lab, tmp_path, method):
+    """An adapter changes some tensors, by its factors: the model written is base + the delta written."""
+    _, (base, *_) = lab
+    adapter(base, tmp_path / "l", 0)
+    merge([str(tmp_path / "l")], tmp_path / "model", method=method, certificate=False)
+    merge([str(tmp_path / "l")], tmp_path / "delta", method=method, as_="delta")
+    expected = Delta.load(tmp_path / "delta").apply({f"lm/{k}": v for k, v in weights(base).items()})
+    assert all(torch.allclose(v, expected[f"lm/{k}"], atol=1e-7) for k, v in weights(tmp_path / "model").items())
 
 
 def test_memory_does_not_grow_with_the_models(tmp_path):

@@ -164,6 +164,10 @@ class Blockwise:
         `site.state`."""
         return None
 
+    def baseless(self) -> Blockwise:
+        """The same merge without a base, where the models alone give it; else itself."""
+        return self
+
     def shares(self, models: int) -> list[float]:
         """Of each model in the mean of what they add to the base."""
         return [1 / models] * models

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 from temperament.bases.kept import kept
 from temperament.bases.load import locate
 from temperament.bases.pipeline import is_pipeline
-from temperament.delta import Delta, identity, open_source
+from temperament.delta import Change, Delta, Lazy, identity, open_source
 from temperament.delta.peft_format import is_peft, read_peft
-from temperament.delta.stream import Checkpoint, Source
+from temperament.delta.stream import Checkpoint, Source, finite
 from temperament.delta.tensorfile import read_header
 from temperament.delta.views import View, tuned, wide
 from temperament.errors import UserError
@@ -75,6 +76,8 @@ def open_input(spec: str | Path, base: Input | None = None, field: str = "model"
     if found is not None and found.delta is None:
         raise UserError(field, spec, "this run changed no weights")
     if found is not None:
+        if base is not None and found.base is not None:
+            _same_base(spec, found.base, base)
         return _on(base or open_input(found.named(field, spec), field="base"), found.delta, spec, found.run is not None)
     if not (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(field, spec, "it is no model, adapter, delta or run: it has no config.json and no safetensors")
@@ -85,11 +88,34 @@ def open_input(spec: str | Path, base: Input | None = None, field: str = "model"
     return Input(spec, source, folder)
 
 
+def _same_base(spec: str, named: str, base: Input) -> None:
+    """Refuse a base that is known to be another than the one a change names: other tensors where both are here, else another
+    name of the hub. A folder that is not here (it may lie where the change was made) tells nothing."""
+    if same_place(named, base.spec):
+        return
+    path = Path(named).expanduser()
+    if named.startswith("lab/") or path.is_dir():
+        other = open_input(named, field="base").source
+        both = [[*identity(source).values(), *identity(wide(source)).values()] for source in (other, base.source)]
+        differs = not {*both[0]} & {*both[1]}
+    else:
+        ids = [n for n in (named, base.spec) if n.count("/") == 1 and not n.startswith((".", "/", "~", "lab/"))]
+        differs = len(ids) == 2 and not Path(base.spec).is_dir() and _last(named) != _last(base.spec)
+    if differs:
+        mend = f"it was made on {named}; name that as the base, or merge {base.spec}+{spec} to put it on this one all the same"
+        raise UserError(f"the base of {spec}", base.spec, mend)
+
+
+def _last(name: str) -> str:
+    return name.partition("@")[0].rsplit("/", 1)[-1].lower()
+
+
 def _on(under: Input, folder: Path, spec: str, measured: bool = False) -> Input:
     """The change in a folder on its base. measured: it is of a run."""
     if not (is_peft(folder) or (folder / "delta.json").is_file()):
         raise UserError("adapter", str(folder), "it is no adapter and no delta")
     delta = read_peft(folder, under.source, COMPONENT) if is_peft(folder) else Delta.load(folder, lazy=True)
+    delta = _sound(delta, spec)
     recorded = set(delta.base.values())
     if len(delta.components) > 1:
         raise UserError("model", spec, f"it changes several components ({', '.join(delta.components)}); merge one at a time")
@@ -104,6 +130,23 @@ def _on(under: Input, folder: Path, spec: str, measured: bool = False) -> Input:
     exact = measured or (delta.base and not is_peft(folder))
     dtype = torch.float32 if exact else max(sizes, key=sizes.get)
     return Input(spec, tuned(under.source, delta, spec), under.folder, under.spec, delta, dtype)
+
+
+def _sound(delta: Delta, spec: str) -> Delta:
+    """The delta, all of whose numbers are finite; read lazily they are looked at when they are read."""
+
+    def looked(name: str, change: Change) -> Change:
+        for key, tensor in change.tensors().items():
+            if not finite(tensor):
+                mend = f"not all of its {key} is finite; {spec} is damaged or its training diverged; use another"
+                raise UserError(f"a tensor of {spec}", name.split("/", 1)[1], mend)
+        return change
+
+    def sound(held: Mapping[str, Change]) -> Mapping[str, Change]:
+        lazy = Lazy(held, lambda name: looked(name, held[name]))
+        return lazy if isinstance(held, Lazy) else dict(lazy)
+
+    return replace(delta, changes=sound(delta.changes), buffers=sound(delta.buffers))
 
 
 def _version(source: Source, file: Path) -> View:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from temperament import parts
-from temperament.bases.load import DTYPES
+from temperament.bases.load import DTYPES, locate
 from temperament.delta.files import atomic_folder, write_json
 from temperament.delta.merge_run import unrounded
 from temperament.delta.tensorfile import Writer
@@ -109,7 +109,12 @@ def planned(models: Any, method: Any = "merge.linear", base: str | None = None, 
         raise UserError("model", str(lost), "no such folder; name a run, an adapter, a delta, a model folder or org/name")
     if file := next((m for m in models if Path(m).is_file()), None):
         raise UserError("model", str(file), "this is a file; name a run, an adapter, a delta or a model folder")
+    for model in models:
+        if "+" not in str(model) or Path(model).exists():
+            locate(str(model), "model")
     base = base or next(iter(named), None)
+    if base is None:
+        built = built.baseless()
     if base is None and built.needs_base:
         raise UserError(
             "--base", None, "none of the models says what it was tuned from, and this method needs it; name the base"

@@ -71,6 +71,9 @@ class Linear(Blockwise):
             merged = merged + d
         return replace(merged.baked(), additions={**merged.baked().additions, **shared}) if shared else merged
 
+    def baseless(self):
+        return replace(self, of="weights") if self.normalise and self.scale == 1 else self
+
     def shares(self, models: int) -> list[float]:
         plain = len(self.weights) == models and all(isinstance(v, (int, float)) for v in self.weights)
         return list(self.weights) if plain else super().shares(models)
