@@ -45,11 +45,11 @@ claim = Claim(
     parts=("adapters.head_scale", "adapters.head_offset"),
     measure="target_nll",
     better="lower",
-    baseline="adapters.head_offset on random heads, the same number, steps and rate",
+    baseline="adapters.head_offset on random heads, the same number and steps, at its own best rate",
     seeds=(0, 1, 2, 3, 4),
     run=run,
     why=(
-        "198 numbers teach this base nothing of a new procedure (0 % either way), wherever they stand; those on chosen "
-        "heads cost less of what it knew (17 points against 28)."
+        "198 numbers teach this base nothing of a new procedure (0 % either way), wherever they stand, even at rates that cost "
+        "nearly all it knew; the chosen heads are 0.02 nats nearer, which the interval does not tell from nothing."
     ),
 )
