@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from tiny import seed
@@ -146,8 +147,9 @@ def test_of_nats_less_is_better(tmp_path, monkeypatch):
 
 
 def test_an_experiment_has_the_seed_it_is_given_however_its_recipe_is(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr("temperament.run.claims.tune", lambda recipe, folder, **how: seen.append((recipe, folder.name)))
+    seen, done = [], SimpleNamespace(json={"cost": {"seconds": 1.0}})
+    keep = lambda recipe, folder, **how: (seen.append((recipe, folder.name)), done)[1]
+    monkeypatch.setattr("temperament.run.claims.tune", keep)
     for recipe in ({"base": "lab/lm", "seed": 3}, read({"base": "lab/lm", "seed": 3})):
         Lab(tmp_path).run("a", recipe, 7)
     assert [(r.seed, name) for r, name in seen] == [(7, "a-7")] * 2 and seen[0][0] == seen[1][0]
