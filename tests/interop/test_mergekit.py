@@ -73,6 +73,10 @@ EXACT = {
     "sce-select": three("sce", select_topk=0.3),
     "slerp": {"merge_method": "slerp", "base_model": "a", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"t": RULES}},
     "slerp-far": {"merge_method": "slerp", "base_model": "far", "models": [{"model": "a"}, {"model": "far"}], "parameters": {"t": 0.3}},
+    "nuslerp": three("nuslerp", W, {"weight": 0.2}, False, base=False),
+    "nuslerp-about-base": three("nuslerp", W, {"weight": GRADIENT}, False),
+    "nearswap": {"merge_method": "nearswap", "base_model": "a", "models": [{"model": "b"}], "parameters": {"t": 0.02}},
+    "flags-as-numbers": three("ties", W, W, False, density=0.4, normalize=1.0, int8_mask=1.0),
     "slices": {
         "merge_method": "passthrough",
         "slices": [
