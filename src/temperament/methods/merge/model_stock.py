@@ -39,14 +39,14 @@ class ModelStock(Blockwise):
                 rows = torch.stack([v.view(-1, site.row) for v in b.x])
                 lengths = rows.norm(dim=-1)
                 cosine = torch.stack(
-                    [((rows[i] * rows[j]).sum(-1) / (lengths[i] * lengths[j]).clamp_min(1e-6)).clamp(-1, 1) for i, j in pairs]
+                    [((rows[i] * rows[j]).sum(-1) / (lengths[i] * lengths[j]).clamp_min(1e-30)).clamp(-1, 1) for i, j in pairs]
                 ).mean(0)
                 return (rows.mean(0) * ratio(cosine, n)[:, None]).view(-1)
 
             return by_row
         G = sum((yield Gather(gram)))
         lengths = G.diagonal().sqrt()
-        cosine = torch.stack([(G[i, j] / (lengths[i] * lengths[j]).clamp_min(1e-6)).clamp(-1, 1) for i, j in pairs]).mean()
+        cosine = torch.stack([(G[i, j] / (lengths[i] * lengths[j]).clamp_min(1e-30)).clamp(-1, 1) for i, j in pairs]).mean()
         t = float(ratio(cosine, n))
         return lambda b: weighted_sum(b.x, [t / n] * n)
 
