@@ -41,7 +41,7 @@ def shown(lab, name: str, seed: int) -> int:
 
 
 def run(seed, lab):
-    method = lab.best("relift", lambda rate: recipe(16, rate), [3e-4, 6e-4], seed)
+    method = lab.best("relift", lambda rate: recipe(16, rate), [6e-4, 1.2e-3], seed)
     baseline = lab.best("rl", lambda rate: recipe(10**6, 3e-4, rate), [3e-5, 1e-4], seed)
     easy = lambda numbers: numbers["skills"]["add"]["after"]
     return {
