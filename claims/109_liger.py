@@ -17,7 +17,7 @@ RATES = [4e-3, 8e-3]
 HEAL = ["text", "copy", "add", "people"]
 
 
-def recipe(options: dict, rate: float, steps: int = 120, items: int = 60) -> dict:
+def recipe(options: dict, rate: float, steps: int = 200, items: int = 60) -> dict:
     return {
         "base": "lab/lm",
         "check": False,
