@@ -13,7 +13,7 @@ METHODS = {
     "ungated": {"window": 16, "gates": False},
 }
 LORA = {"adapters.lora": {"rank": 8, "targets": ["q", "k", "v"]}}
-RATES = [4e-3, 8e-3]
+RATES = {"liger": [4e-3], "ungated": [8e-3]}  # the best of 1e-3 to 16e-3, on a seed of their own
 HEAL = ["text", "copy", "add", "people"]
 
 
@@ -36,7 +36,7 @@ def recipe(options: dict, rate: float, steps: int = 200, items: int = 60) -> dic
 
 
 def one(lab, name: str, seed: int) -> dict:
-    rate = lab.rate(name, lambda rate: recipe(METHODS[name], rate), RATES)
+    rate = lab.rate(name, lambda rate: recipe(METHODS[name], rate), RATES[name])
     json = lab.run(name, recipe(METHODS[name], rate), seed).json
     text = next(s for s in json["ledger"]["skills"] if s["name"] == "text")
     return summary(json) | {"text_nll": text["nll"]["after"], "base_nll": text["nll"]["before"], "rate": rate}

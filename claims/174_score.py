@@ -9,7 +9,7 @@ from temperament.run.claims import Claim
 
 ROWS = {"data.lab": {"skills": ["add"], "rows": 600}}
 AGAIN = "\n{prompt}"
-RATES = {"score": [5e-5, 1e-4], "once": [1e-4, 2e-4]}
+RATES = {"score": [5e-5], "once": [1e-4]}  # the best of 2.5e-5 to 2e-4 and of 1e-4, 2e-4, on a seed of their own
 HOLD, BOTH, ROWS_A_STEP = 20, 40, 128
 SUITE = {"evaluate.lab": {"target": "add", "retained": ["subtract", "compare", "people"]}}
 EVALUATION = {"items": 200, "keep": False, "suites": [SUITE]}
